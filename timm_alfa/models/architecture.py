@@ -7,8 +7,10 @@ He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), https://a
 * `CifarResNet` (`resnet18_cifar` to `resnet152_cifar`): table 1's four stages behind a 3x3 stride-1 stem without
   max-pooling, so that a 32x32 image reaches the classifier as a 4x4 map. Module names are those of timm's ResNet.
 
-Unlike timm's ResNet both start with all batch norm scales at one (`zero_init_last=False`): He et al. and the paper's
-CIFAR baselines do not zero the last scale of each residual branch, which is a later recipe for large ImageNet batches.
+Unlike timm's ResNet both start with all batch norm scales at one (`zero_init_last=False`): neither He et al. nor the
+code that ALFA's authors released zeroes the last scale of each residual branch, a later recipe for large ImageNet
+batches. Otherwise weights are drawn as timm draws them (convolutions He-normal by fan-out, the classifier by torch's
+default); the released ResNet-56s draws both He-normal by fan-in.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ class PadShortcut(nn.Module):
     """The option-A shortcut: every `stride`-th pixel, and zeros for the channels that are new. No parameters.
 
     `[B, in_chs, H, W] -> [B, out_chs, ceil(H / stride), ceil(W / stride)]`. The zeros are split evenly before and after
-    the input's channels (an odd one goes after). He et al. leave their place open; to the untrained network all
-    choices are alike, since its weights are drawn alike for every channel.
+    the input's channels (an odd one goes after), as in the code that ALFA's authors released. He et al. leave their
+    place open, and it makes no difference to training: weights are drawn alike for every channel.
 
     Raises:
         ValueError: `out_chs` is smaller than `in_chs`.
