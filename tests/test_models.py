@@ -210,12 +210,15 @@ def test_pruning(indices: int | list[int] | None, chosen: list[int], checkpointi
     assert model.num_classes == 0
 
 
-def test_pruning_nothing_keeps_the_classifier_if_asked() -> None:
+def test_pruning_keeps_the_classifier_if_asked_and_if_it_fits() -> None:
     model = timm.create_model("resnet20s").eval()
     x = torch.randn(1, 3, 32, 32)
     before = model(x)
     assert model.prune_intermediate_layers([3], prune_head=False) == [3]
     assert torch.equal(model(x), before)
+    assert model.prune_intermediate_layers([1], prune_head=False) == [1]
+    assert model.num_classes == 0
+    assert model(x).shape == (1, 16, 32, 32)
 
 
 @pytest.mark.parametrize("name", BOTH)
