@@ -1,0 +1,106 @@
+"""Weights for others: a plain timm model as `model.safetensors` and `config.json`, readable without this package."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models import clean_state_dict
+from timm.models._hub import save_config_for_hf  # the one writer of timm's config.json; its public callers also upload
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_alfa.atomic import write_file
+from timm_alfa.checkpoint_file import read_checkpoint
+
+__all__ = ["export_checkpoint", "export_model"]
+
+
+def export_model(
+        model: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        data_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write a timm model as `folder/model.safetensors` and `folder/config.json`, timm's layout of a model folder.
+
+    `timm.create_model(architecture, checkpoint_path=...)`, `timm.models.load_checkpoint` and
+    `timm.create_model("local-dir:" + folder, pretrained=True)` read it. Each file replaces an older one in one step.
+
+    Args:
+        model: a model built by `timm.create_model`, bare or inside DDP, torch.compile or timm's EMA.
+        folder: where to write; created if need be.
+        state_dict: weights to write in place of the model's own; names and shapes must be the model's.
+        data_config: preprocessing to record (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`), the model's
+            own if None.
+
+    Returns:
+        Path of `model.safetensors`.
+
+    Raises:
+        ValueError: the model was not built by timm, or `state_dict` does not fit it.
+        OSError: a file cannot be written; an older one of that name is intact.
+    """
+    model = unwrap_model(model)
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        raise ValueError(f"model: expected one built by timm.create_model, found {type(model).__name__}")
+    own = model.state_dict()
+    weights = own if state_dict is None else clean_state_dict(state_dict)
+    _check_fit(weights, own)
+    # own memory for each: safetensors takes neither shared nor channels-last tensors
+    tensors = {
+        name: weights[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in own
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_file(folder / "model.safetensors", lambda file: file.write(data))
+    write_file(folder / "config.json", lambda file: file.write(_config(model, data_config)))
+    return folder / "model.safetensors"
+
+
+def export_checkpoint(
+        checkpoint_path: str | os.PathLike[str],
+        model: nn.Module,
+        folder: str | os.PathLike[str],
+        use_ema: bool,
+        *,
+        data_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write the weights of a training checkpoint as `export_model` does; `model` gives the architecture, unchanged.
+
+    Args:
+        checkpoint_path: file written by the training script or by timm's.
+        model: the model that was trained; its present weights play no part.
+        folder: where to write.
+        use_ema: take the averaged weights (`state_dict_ema`).
+        data_config: as for `export_model`.
+
+    Raises:
+        UsageError: the file is damaged or no checkpoint.
+        ValueError: it has no averaged weights though `use_ema`, or its weights are not those of `model`.
+        OSError: as for `export_model`.
+    """
+    checkpoint = read_checkpoint(checkpoint_path, flag="checkpoint")
+    key = "state_dict_ema" if use_ema else "state_dict"
+    if checkpoint.get(key) is None:
+        raise ValueError(f"use_ema: {checkpoint_path} has no averaged weights ('{key}')")
+    return export_model(model, folder, state_dict=checkpoint[key], data_config=data_config)
+
+
+def _check_fit(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    wrong = sorted(weights.keys() ^ own.keys()) or [name for name in own if weights[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(f"state_dict: {len(wrong)} names or shapes differ from the model's, the first is '{wrong[0]}'")
+
+
+def _config(model: nn.Module, data_config: dict[str, Any] | None) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "config.json"
+        save_config_for_hf(model, str(path), data_config=data_config)
+        return path.read_bytes()

@@ -1,0 +1,130 @@
+"""Checks of the dataset flags that need no model and read no image, so that a mistake costs seconds, not minutes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+
+from timm.data import get_img_extensions
+
+from timm_alfa.errors import UsageError
+from timm_alfa.train.digits import HELD_OUT_SPLITS, TRAIN_SPLITS
+
+__all__ = ["check_data_arguments", "data_root", "dataset_kind"]
+
+_PACKAGES = {
+    "hfds": ("datasets", "datasets"),
+    "hfids": ("datasets", "datasets"),
+    "tfds": ("tensorflow_datasets", "tensorflow-datasets"),
+    "wds": ("webdataset", "webdataset"),
+}
+_KINDS = ("torch", *_PACKAGES)
+# names that timm takes for one another when it looks for the folder of a split
+_SYNONYMS = (TRAIN_SPLITS, ("val", "valid", "validation", "eval", "evaluation"))
+
+
+def dataset_kind(args: argparse.Namespace) -> str:
+    """Kind of dataset that --dataset names: `digits`, `torch`, `hfds`, `hfids`, `tfds`, `wds`, or '' for folders."""
+    prefix, slash, _ = args.dataset.partition("/")
+    return prefix.lower() if slash else args.dataset
+
+
+def data_root(args: argparse.Namespace) -> str | None:
+    """The folder of --data-dir, or of timm's deprecated positional argument."""
+    return args.data_dir or args.data or None
+
+
+def check_data_arguments(args: argparse.Namespace) -> None:
+    """Check what can be checked of the dataset flags before a model is built.
+
+    Raises:
+        UsageError: unknown kind of dataset, its package is not installed, --data-dir is missing or has no images, or a
+            split has no folder in it.
+    """
+    kind = dataset_kind(args)
+    if kind == "digits":
+        _check_digits(args)
+    elif kind == "":
+        _check_folder(args)
+    elif kind not in _KINDS or "/" not in args.dataset:
+        names = ", ".join(f"{name}/NAME" for name in _KINDS)
+        raise UsageError(f"--dataset {args.dataset}: unknown kind, expected digits, {names}, or none for a folder")
+    elif kind in _PACKAGES:
+        module, package = _PACKAGES[kind]
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"--dataset {args.dataset} needs the package {package}: pip install {package}")
+    if kind in ("torch", "wds") and data_root(args) is None:
+        raise UsageError(f"--data-dir is missing, expected the folder of --dataset {args.dataset}")
+
+
+def _check_digits(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("sklearn") is None:
+        raise UsageError('--dataset digits needs scikit-learn: pip install "timm-alfa[digits]"')
+    for flag, split in (("--train-split", args.train_split), ("--val-split", args.val_split)):
+        known = TRAIN_SPLITS + HELD_OUT_SPLITS
+        if split not in known and not (flag == "--val-split" and not split):
+            raise UsageError(f"{flag} {split}: --dataset digits has no such split, expected one of {', '.join(known)}")
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    root = data_root(args)
+    if root is None:
+        raise UsageError("--data-dir is missing, expected a folder of images (or --dataset digits, which needs none)")
+    if not os.path.exists(root):
+        raise UsageError(f"--data-dir {root}: no such folder, expected one with a folder of images per split and class")
+    if os.path.isfile(root):
+        if Path(root).suffix.lower() != ".tar":
+            raise UsageError(f"--data-dir {root}: a file, expected a folder of images or a .tar file")
+        return
+    folders = {"--train-split": _train_folder(root, args.train_split)}
+    if args.val_split:
+        folders["--val-split"] = _split_folder(root, args.val_split)
+    extensions = set(args.input_key.split(";")) if args.input_key else get_img_extensions(as_set=True)
+    for flag, folder in folders.items():
+        split = args.train_split if flag == "--train-split" else args.val_split
+        if folder is None:
+            empty = " (or '' to train without validation)" if flag == "--val-split" else ""
+            raise UsageError(f"{flag} {split}: no such folder in {root}, expected one of {_subfolders(root)}{empty}")
+        if not _has_image(folder, extensions):
+            suffixes = ", ".join(sorted(extensions)[:6])
+            raise UsageError(f"--data-dir {root}: no images in {folder}, expected files such as {suffixes}")
+        _check_class_map(args.class_map, folder)
+
+
+def _train_folder(root: str, split: str) -> str | None:
+    folder = _split_folder(root, split)
+    split_names = {name for group in _SYNONYMS for name in group} | {"test"}
+    if folder is None and split in TRAIN_SPLITS and split_names.isdisjoint(os.listdir(root)):
+        return root  # as in timm: a folder of classes without splits is the training set
+    return folder
+
+
+def _split_folder(root: str, split: str) -> str | None:
+    """The folder that timm takes for the split; None where it would fall back on `root` itself, all splits together."""
+    name = split.split("[")[0]
+    names = (name, *next((group for group in _SYNONYMS if name in group), ()))
+    return next((path for path in (os.path.join(root, n) for n in names) if os.path.exists(path)), None)
+
+
+def _has_image(folder: str, extensions: set[str]) -> bool:
+    return any(
+        os.path.splitext(name)[1].lower() in extensions
+        for _, _, files in os.walk(folder, followlinks=True)
+        for name in files
+    )
+
+
+def _check_class_map(class_map: str, folder: str) -> None:
+    if not class_map:
+        return
+    if not os.path.exists(class_map) and not os.path.exists(os.path.join(folder, class_map)):
+        raise UsageError(f"--class-map {class_map}: no such file, nor in {folder}")
+    if os.path.splitext(class_map)[1].lower() not in (".txt", ".pkl"):
+        raise UsageError(f"--class-map {class_map}: expected a .txt file with a class name per line, or a .pkl dict")
+
+
+def _subfolders(root: str) -> str:
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "its folders (it has none)"
