@@ -16,7 +16,18 @@ from timm_alfa.train.data_check import check_data_arguments, data_root, dataset_
 from timm_alfa.train.digits import Digits
 from timm_alfa.train.images import NamedImageDataset
 
-__all__ = ["check_class_count", "check_data_arguments", "create_datasets", "create_loaders"]
+__all__ = [
+    "check_class_count",
+    "check_data_arguments",
+    "create_datasets",
+    "create_loaders",
+    "default_class_count",
+]
+
+
+def default_class_count(args: argparse.Namespace) -> int | None:
+    """What --num-classes is when it is left out: 10 for `--dataset digits`, else None (the model's own default)."""
+    return len(Digits.classes) if dataset_kind(args) == "digits" else None
 
 
 def create_datasets(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Dataset[Any], Dataset[Any] | None]:
