@@ -1,0 +1,175 @@
+"""Everything that a run needs, built in timm's order, so that random draws come in timm's order; not yet started."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm import utils
+from timm.data import resolve_data_config
+from torch import nn
+
+from .. import cli
+from ..errors import UsageError
+from . import setup
+from .checkpoint import restore_random_state
+from .data import check_class_count, check_data_arguments, create_datasets, create_loaders, default_class_count
+from .device import create_precision, prepare_device
+from .loop import ReportingTask, Training, updates_per_epoch
+from .resume import open_checkpoint, restore_ema, restore_training
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """A run that could start now.
+
+    Attributes:
+        run: What an epoch of training needs.
+        eval_model: The model to validate.
+        eval_loader: None without ``--val-split``.
+        eval_metric: What best means; ``loss`` (of training) without validation.
+        input_size: ``(channels, height, width)``.
+        start_epoch: First epoch to train.
+        stop_epoch: Epoch to stop before.
+        num_epochs: Length of the schedule.
+        resume_path: Checkpoint that is continued, or ''.
+    """
+
+    run: Training
+    eval_model: nn.Module
+    eval_loader: Any
+    eval_metric: str
+    input_size: tuple[int, int, int]
+    start_epoch: int
+    stop_epoch: int
+    num_epochs: int
+    resume_path: str
+
+    @property
+    def decreasing(self) -> bool:
+        """Whether a lower metric is better."""
+        return self.eval_metric == "loss"
+
+
+def check_inputs(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
+    """Looks at the data and the checkpoint to resume before anything is built; returns the latter with its path."""
+    if args.num_classes is None:
+        args.num_classes = default_class_count(args)
+    if args.alfa_list_blocks:
+        return "", None
+    check_data_arguments(args)
+    return open_checkpoint(args)
+
+
+def create_seeded_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], torch.device]:
+    """Seeds this process and creates the model; returns it, its data configuration and the device to move it to."""
+    device = prepare_device(args)
+    utils.random_seed(args.seed, args.rank)
+    model = setup.build_model(args)
+    return model, resolve_data_config(vars(args), model=model, verbose=utils.is_primary(args)), device
+
+
+def list_blocks(args: argparse.Namespace) -> None:
+    """Prints what ``--alfa-blocks`` can name in ``--model``."""
+    model, data_config, device = create_seeded_model(args)
+    model.to(device)
+    if utils.is_primary(args):
+        print(cli.describe_blocks(args, model, data_config["input_size"], device))
+
+
+def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, Any] | None) -> Plan:
+    """Builds every part of a run and puts `checkpoint` back into them. Nothing is written.
+
+    Raises:
+        UsageError: something that was asked for cannot be had.
+    """
+    model, data_config, device = create_seeded_model(args)
+    precision = create_precision(args, device)
+    model = setup.place_model(args, model, device, precision.model_dtype)
+
+    dataset_train, dataset_eval = create_datasets(args, data_config)
+    check_class_count(args, dataset_train, dataset_eval)
+    collate_fn, mixup_fn = setup.create_mixup(args)
+    loader_train, loader_eval = create_loaders(
+        args,
+        data_config,
+        dataset_train,
+        dataset_eval,
+        device=device,
+        img_dtype=precision.model_dtype or torch.float32,
+        collate_fn=collate_fn,
+    )
+    if len(loader_train) == 0:
+        raise UsageError(f"--batch-size {args.batch_size}: the training data do not fill a single batch per process")
+    batch_size = float(args.batch_size)
+    if args.train_img_sizes is not None:
+        batch_size = loader_train.batch_sampler.average_batch_size
+        _logger.info(f"Training at {args.train_img_sizes} pixels, {batch_size:.2f} images per batch on average.")
+    setup.resolve_learning_rate(args, batch_size)
+
+    task = cli.create_task(
+        args,
+        model,
+        setup.create_criterion(args).to(device=device),
+        device=device,
+        dtype=precision.model_dtype,
+        verbose=utils.is_primary(args),
+        input_size=tuple(data_config["input_size"]),
+    )
+    optimizer = setup.create_optimizer(args, task.get_trainable_module())
+    resume_epoch = 0
+    if checkpoint is not None:
+        resume_epoch = restore_training(args, resume_path, checkpoint, task, optimizer, precision.scaler)
+    if args.model_ema:  # before the model is compiled or wrapped
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device="cpu" if args.model_ema_force_cpu else None,
+        )
+        if checkpoint is not None:
+            restore_ema(resume_path, checkpoint, task)
+    eval_model = setup.compile_and_distribute(args, task, device)
+
+    eval_metric = args.eval_metric if loader_eval is not None else "loss"
+    start_epoch = resume_epoch if args.start_epoch is None else args.start_epoch
+    scheduler, num_epochs = setup.create_schedule(
+        args,
+        optimizer,
+        updates_per_epoch=updates_per_epoch(args, loader_train),
+        start_epoch=start_epoch,
+        decreasing_metric=eval_metric == "loss",
+    )
+    if isinstance(task, ReportingTask):
+        for line in task.summary_lines():
+            _logger.info(line)
+    if checkpoint is not None and not restore_random_state(checkpoint, args.rank):
+        _logger.warning(
+            f"--resume {resume_path}: has no random states for {args.world_size} process(es) on this kind of device; "
+            "training goes on, but not exactly as it would have without the break.")
+    run = Training(
+        args=args,
+        task=task,
+        loader=loader_train,
+        optimizer=optimizer,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        scheduler=scheduler,
+        mixup=mixup_fn,
+    )
+    return Plan(
+        run=run,
+        eval_model=eval_model,
+        eval_loader=loader_eval,
+        eval_metric=eval_metric,
+        input_size=tuple(data_config["input_size"]),
+        start_epoch=start_epoch,
+        stop_epoch=num_epochs if args.stop_epoch is None else min(args.stop_epoch, num_epochs),
+        num_epochs=num_epochs,
+        resume_path=resume_path,
+    )

@@ -1,0 +1,101 @@
+"""Values and combinations of timm's flags that cannot work, told before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import math
+from typing import Any
+
+from ..errors import UsageError
+
+_logger = logging.getLogger(__name__)
+
+# smallest value that works, by flag
+_AT_LEAST: dict[str, float] = {
+    "epochs": 1, "stop_epoch": 1, "start_epoch": 0, "warmup_epochs": 0, "cooldown_epochs": 0, "patience_epochs": 0,
+    "batch_size": 1, "validation_batch_size": 1, "num_classes": 1, "in_chans": 1, "img_size": 1, "workers": 0,
+    "log_interval": 1, "val_interval": 1, "recovery_interval": 0, "checkpoint_hist": 1, "mixup_off_epoch": 0,
+    "tta": 0, "lr": 0, "lr_base": 0, "lr_base_size": 1, "warmup_lr": 0, "min_lr": 0, "weight_decay": 0, "mixup": 0,
+    "cutmix": 0, "epoch_repeats": 0, "aug_repeats": 0, "recount": 1, "train_batches_per_epoch": 1, "decay_epochs": 0,
+    "clip_grad": 0, "train_num_samples": 1, "val_num_samples": 1, "seed": 0,
+}  # fmt: skip
+_PROBABILITIES = (
+    "hflip", "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "reprob", "mixup_prob",
+    "mixup_switch_prob", "smoothing", "drop", "drop_path", "drop_block", "model_ema_decay",
+)  # fmt: skip
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "amp_dtype": ("float16", "bfloat16"),
+    "model_dtype": (None, "", "float32", "float16", "bfloat16"),
+    "clip_mode": ("norm", "value", "agc"),
+    "dist_bn": ("", "reduce", "broadcast"),
+    "lr_base_scale": ("", "linear", "sqrt"),
+    "mixup_mode": ("batch", "pair", "elem"),
+    "remode": ("const", "rand", "pixel"),
+    "worker_seeding": ("all", "part"),
+    "eval_metric": ("top1", "top5", "loss"),
+    "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
+}
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises `UsageError` for the first value or combination that cannot work."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"{_flag(name)} {number}: must be a finite number")
+    for name, bound in _AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise UsageError(f"{_flag(name)} {value}: must be at least {bound:g}")
+    for name in _PROBABILITIES:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f"{_flag(name)} {value}: must be between 0 and 1")
+    for name, choices in _CHOICES.items():
+        if getattr(args, name) not in choices:
+            allowed = ", ".join(choice for choice in choices if choice)
+            raise UsageError(f"{_flag(name)} {getattr(args, name)}: must be one of {allowed}")
+    _check_combinations(args)
+    _check_packages(args)
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    if args.amp and args.model_dtype not in (None, "", "float32"):
+        raise UsageError(f"--model-dtype {args.model_dtype}: --amp needs float32 weights; leave one of the two out")
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixing and args.batch_size % 2:
+        raise UsageError(f"--batch-size {args.batch_size}: Mixup and CutMix need an even batch size")
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        raise UsageError(f"--cutmix-minmax {args.cutmix_minmax}: must be two numbers, the smallest and largest share")
+    if args.decay_milestones != sorted(set(args.decay_milestones)):
+        raise UsageError(f"--decay-milestones {args.decay_milestones}: must be increasing")
+    if any(epoch < 1 for epoch in args.save_epochs):
+        raise UsageError(f"--save-epochs {args.save_epochs}: must be numbers of finished epochs, from 1")
+    if args.wandb_resume_id and not args.resume:
+        raise UsageError(f"--wandb-resume-id {args.wandb_resume_id}: needs --resume, the checkpoint to continue")
+    if args.resume == "auto" and not args.experiment:
+        raise UsageError("--resume auto: needs --experiment, the name of the run's folder")
+    if args.train_img_sizes is None:
+        if args.train_batch_sizes is not None or args.train_size_probs is not None:
+            raise UsageError("--train-batch-sizes, --train-size-probs: need --train-img-sizes")
+    else:
+        for name in ("train_batch_sizes", "train_size_probs"):
+            values = getattr(args, name)
+            if values is not None and len(values) != len(args.train_img_sizes):
+                raise UsageError(f"{_flag(name)} {values}: must have one value per --train-img-sizes")
+        if args.use_multi_epochs_loader:
+            raise UsageError("--use-multi-epochs-loader: does not go with --train-img-sizes")
+    if args.drop_connect is not None:
+        _logger.warning(f"--drop-connect {args.drop_connect}: has no effect, as in timm; use --drop-path")
+
+
+def _check_packages(args: argparse.Namespace) -> None:
+    for flag, package in (("log_wandb", "wandb"), ("log_tensorboard", "tensorboard")):
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise UsageError(f'{_flag(flag)}: {package} is not installed; pip install "timm-alfa[{package}]"')
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,96 @@
+"""The device, the processes and the precision of a run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm import utils
+from timm.layers import set_fast_norm
+
+from ..errors import UsageError
+
+_logger = logging.getLogger(__name__)
+
+
+def check_device(device: str, *, given: bool) -> None:
+    """Raises `UsageError` for a device that does not exist here.
+
+    Args:
+        device: Value of ``--device``.
+        given: Whether the user wrote it. The default, ``cuda``, gives way to the CPU where there is no CUDA device.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: not a device; expected cpu, cuda, cuda:1, mps, ...") from error
+    if kind == "cuda" and not torch.cuda.is_available() and (given or device != "cuda"):
+        raise UsageError(f"--device {device}: no CUDA device here; leave the flag out to train on the CPU")
+
+
+def prepare_device(args: argparse.Namespace) -> torch.device:
+    """Joins the process group where a launcher started several processes, and returns this process's device.
+
+    Sets ``args.device``, ``distributed``, ``world_size``, ``rank`` and ``local_rank``.
+    """
+    for module in args.device_modules or []:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(f"--device-modules {module}: cannot be imported ({error})") from error
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    elif args.device == "cuda":
+        args.device = "cpu"
+        _logger.info("No CUDA device here: training on the CPU (--device chooses another accelerator).")
+    device = utils.init_distributed_device(args)
+    if args.distributed:
+        _logger.info(f"Training in {args.world_size} processes, one device each; this is {args.rank} on {device}.")
+    else:
+        _logger.info(f"Training in a single process on {device}.")
+    if device.type == "cpu":
+        args.pin_mem = False  # there is nothing to copy to, and torch warns about it
+    if args.fast_norm:
+        set_fast_norm()
+    return device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are kept.
+
+    Attributes:
+        model_dtype: Type of weights and input without AMP; None leaves the model's own.
+        autocast: Makes the context that forward passes run in.
+        scaler: Loss scaler; only float16 AMP on CUDA needs one.
+    """
+
+    model_dtype: torch.dtype | None
+    autocast: Callable[[], AbstractContextManager[object]]
+    scaler: utils.NativeScaler | None
+
+
+def create_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    """Resolves ``--amp``, ``--amp-dtype`` and ``--model-dtype``."""
+    model_dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
+    if model_dtype == torch.float16:
+        _logger.warning("--model-dtype float16: training in pure float16 rarely converges; bfloat16 or --amp does.")
+    if not args.amp:
+        _logger.info(f"No mixed precision: training in {model_dtype or torch.float32}.")
+        return Precision(model_dtype, contextlib.nullcontext, None)
+    amp_dtype = getattr(torch, args.amp_dtype)
+    scaled = device.type == "cuda" and amp_dtype == torch.float16
+    _logger.info(f"Mixed precision with {amp_dtype}.")
+    return Precision(
+        model_dtype=model_dtype,
+        autocast=partial(torch.autocast, device_type=device.type, dtype=amp_dtype),
+        scaler=utils.NativeScaler(device=device.type) if scaled else None,
+    )

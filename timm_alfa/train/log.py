@@ -1,0 +1,43 @@
+"""Log lines, and a progress bar where a person is watching."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes records to stderr without breaking a progress bar: information bare, the rest with its level."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if record.levelno != logging.INFO:
+                text = f"{record.levelname}: {text}"
+            tqdm.write(text, file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def setup_logging(*, primary: bool) -> None:
+    """Sends log lines to stderr; of several processes only the primary one tells more than warnings.
+
+    A program that has set up logging of its own keeps it.
+    """
+    if not logging.root.handlers:
+        logging.root.addHandler(_TerminalHandler())
+        logging.root.setLevel(logging.INFO if primary else logging.WARNING)
+
+
+def progress_bar(total: int, description: str, *, primary: bool) -> tqdm[None]:
+    """Returns a bar over `total` batches; disabled (``bar.disable``) unless the primary process has a terminal."""
+    return tqdm(
+        total=total,
+        desc=description,
+        disable=not (primary and sys.stderr.isatty()),
+        file=sys.stderr,
+        leave=False,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,83 @@
+"""Putting a checkpoint back into a run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Any
+
+import torch
+from timm.models import clean_state_dict
+from timm.task import ClassificationTask
+from timm.utils import NativeScaler
+
+from ..errors import UsageError
+from .checkpoint import find_resume, read_checkpoint
+
+_logger = logging.getLogger(__name__)
+
+
+def open_checkpoint(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
+    """Finds and reads what ``--resume`` names; ``("", None)`` when the run starts anew.
+
+    Raises:
+        UsageError: the file is missing, damaged or no checkpoint.
+    """
+    path = find_resume(args.resume, args.output, args.experiment)
+    return (path, read_checkpoint(path)) if path else ("", None)
+
+
+def restore_training(
+        args: argparse.Namespace,
+        path: str,
+        checkpoint: dict[str, Any],
+        task: ClassificationTask,
+        optimizer: torch.optim.Optimizer,
+        scaler: NativeScaler | None,
+) -> int:
+    """Loads weights, the task's own state and, without ``--no-resume-opt``, optimizer and loss scaler.
+
+    Returns:
+        The epoch to go on with: the one after the checkpoint's, or the checkpoint's own if it was written in the
+        middle of that epoch (a recovery checkpoint). 0 if it does not say.
+
+    Raises:
+        UsageError: the checkpoint does not fit the model or the optimizer.
+    """
+    try:
+        task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"--resume {path}: does not fit --model {args.model}: {_first_lines(error)}") from error
+    if not args.no_resume_opt:
+        try:
+            if "optimizer" in checkpoint:
+                optimizer.load_state_dict(checkpoint["optimizer"])
+            if scaler is not None and scaler.state_dict_key in checkpoint:
+                scaler.load_state_dict(checkpoint[scaler.state_dict_key])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"--resume {path}: its optimizer state does not fit --opt {args.opt} "
+                f"(--no-resume-opt leaves it out): {_first_lines(error)}") from error
+    epoch = checkpoint.get("epoch")
+    if not isinstance(epoch, int):
+        return 0
+    interrupted = os.path.basename(path).startswith("recovery-")
+    finished = checkpoint.get("version", 1) > 1 and not interrupted
+    _logger.info(f"Resumed from {path}, " + ("in the middle of" if interrupted else "after") + f" epoch {epoch}.")
+    return epoch + 1 if finished else epoch
+
+
+def restore_ema(path: str, checkpoint: dict[str, Any], task: ClassificationTask) -> None:
+    """Loads the averaged weights, or the plain ones where the checkpoint has no average."""
+    suffix = "_ema" if checkpoint.get("state_dict_ema") is not None else ""
+    try:
+        task.load_checkpoint_state(
+            clean_state_dict(checkpoint[f"state_dict{suffix}"]), checkpoint.get(f"task_state{suffix}"), ema=True)
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"--resume {path}: its averaged weights do not fit: {_first_lines(error)}") from error
+
+
+def _first_lines(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

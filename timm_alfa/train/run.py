@@ -1,0 +1,215 @@
+"""The command: parse, assemble, train epoch by epoch, and leave a folder with checkpoints, records and an export."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from timm import utils
+from timm.utils.distributed import world_info_from_env
+
+from ..dryrun import dry_run
+from ..errors import UsageError
+from ..export import export_checkpoint
+from .args import parse_args
+from .assemble import Plan, assemble, check_inputs, list_blocks
+from .checkpoint import CheckpointError, TrainCheckpointSaver, gather_random_states
+from .evaluate import validate
+from .log import setup_logging
+from .loop import train_one_epoch
+from .output import MetricLog, open_output, snapshot
+
+_logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the training command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Raises:
+        SystemExit: 2 after a user's mistake, 1 when a checkpoint cannot be written, 130 after an interrupt.
+    """
+    setup_logging(primary=world_info_from_env()[1] == 0)
+    try:
+        train(parse_args(argv))
+    except UsageError as error:
+        _fail(error, code=2)
+    except CheckpointError as error:
+        _fail(error, code=1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _fail(error: Exception, *, code: int) -> NoReturn:
+    rank = world_info_from_env()[1]
+    if rank > 0:
+        # The first rank tells what all of them found, and its end makes the launcher end this process too. One that
+        # outlives it has met a mistake of its own.
+        time.sleep(10)
+    print(f"train_alfa.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Does what parsed flags ask for.
+
+    Raises:
+        UsageError: before anything is written.
+        CheckpointError: a checkpoint cannot be written; earlier ones are intact.
+    """
+    config = snapshot(args)
+    args.prefetcher = not args.no_prefetcher
+    args.grad_accum_steps = max(1, args.grad_accum_steps)
+    resume_path, checkpoint = check_inputs(args)
+    if args.alfa_list_blocks:
+        list_blocks(args)
+        return
+    plan = assemble(args, resume_path, checkpoint)
+    del checkpoint
+    if args.alfa_dry_run:
+        run = plan.run
+        dry_run(
+            args,
+            run.task,
+            run.loader,
+            device=run.device,
+            amp_autocast=run.precision.autocast,
+            optimizer=run.optimizer,
+            input_size=plan.input_size,
+        )
+    elif plan.start_epoch < plan.stop_epoch:
+        _train_and_export(plan, config)
+    else:
+        _logger.info(f"Nothing left to do: epoch {plan.start_epoch} of {plan.stop_epoch} is reached already.")
+
+
+def _train_and_export(plan: Plan, config: dict[str, Any]) -> None:
+    run, args = plan.run, plan.run.args
+    log = None
+    if utils.is_primary(args):
+        run.folder = open_output(args, config, side=plan.input_size[-1], resume_path=plan.resume_path)
+        run.saver = _create_saver(plan, run.folder)
+        log = MetricLog(args, run.folder, config, plan.start_epoch)
+    results: list[dict[str, Any]] = []
+    interrupted = False
+    try:
+        for epoch in range(plan.start_epoch, plan.stop_epoch):
+            results += _run_epoch(plan, epoch, log)
+    except KeyboardInterrupt:
+        interrupted = True
+        _logger.warning("Interrupted: checkpoints of finished epochs are kept, --resume goes on from the last.")
+    finally:
+        if log is not None:
+            log.close()
+    if run.folder is not None and run.saver is not None:
+        _finish(plan, run.folder, run.saver, results)
+    if interrupted:
+        sys.exit(130)
+
+
+def _create_saver(plan: Plan, folder: Path) -> TrainCheckpointSaver:
+    run = plan.run
+    saver = TrainCheckpointSaver(
+        model=run.task.get_trainable_module(),
+        optimizer=run.optimizer,
+        args=run.args,
+        amp_scaler=run.precision.scaler,
+        checkpoint_dir=str(folder),
+        recovery_dir=str(folder),
+        decreasing=plan.decreasing,
+        max_history=run.args.checkpoint_hist,
+        task=run.task,
+    )
+    if plan.resume_path and Path(plan.resume_path).resolve().parent == folder.resolve():
+        saver.load_state_dict_from_checkpoint(plan.resume_path)
+    return saver
+
+
+def _run_epoch(plan: Plan, epoch: int, log: MetricLog | None) -> list[dict[str, Any]]:
+    """Trains one epoch, then validates, records and saves if it is time to; returns the result as a list of 0 or 1."""
+    run, args = plan.run, plan.run.args
+    _set_loader_epoch(run.loader, epoch)
+    train_metrics = train_one_epoch(run, epoch)
+    if args.distributed and args.dist_bn:
+        utils.distribute_bn(run.task.get_trainable_module(), args.world_size, args.dist_bn == "reduce")
+
+    done = epoch + 1
+    due = done % args.val_interval == 0 or done == plan.num_epochs
+    metric, results = None, []
+    if due or done == plan.stop_epoch:
+        # an epoch that is validated only because the run stops there must not shift what is drawn after a resume
+        with contextlib.nullcontext() if due else torch.random.fork_rng(devices=[]):
+            eval_metrics = _validate(plan)
+        if log is not None:
+            log.write(epoch, train_metrics, eval_metrics, run.learning_rate)
+        metric = (eval_metrics or train_metrics)[plan.eval_metric]
+        results.append({"epoch": epoch, "train": train_metrics})
+        if eval_metrics is not None:
+            results[0]["validation"] = eval_metrics
+    if results or done in args.save_epochs:
+        states = gather_random_states()
+        if run.saver is not None:
+            run.saver.random_states = states
+            run.saver.save_checkpoint(epoch, metric=metric)
+            if done in args.save_epochs:
+                run.saver.save_milestone(done)
+    if run.scheduler is not None:
+        run.scheduler.step(done, metric if due else None)
+    return results
+
+
+def _validate(plan: Plan) -> dict[str, float] | None:
+    """Validates the model and, where there is one, its average, whose metrics then count."""
+    run, args = plan.run, plan.run.args
+    if plan.eval_loader is None:
+        return None
+    metrics = validate(
+        args, run.task, plan.eval_model, plan.eval_loader, device=run.device, precision=run.precision)
+    average = run.task.get_trainable_module(ema=True)
+    if average is not None and not args.model_ema_force_cpu:
+        if args.distributed and args.dist_bn:
+            utils.distribute_bn(average, args.world_size, args.dist_bn == "reduce")
+        metrics = validate(
+            args, run.task, run.task.get_eval_model(ema=True), plan.eval_loader,
+            device=run.device, precision=run.precision, label="Test (EMA)")
+    return metrics
+
+
+def _set_loader_epoch(loader: Any, epoch: int) -> None:
+    """Tells dataset and sampler which epoch it is, for their shuffling."""
+    if hasattr(loader.dataset, "set_epoch"):
+        loader.dataset.set_epoch(epoch)
+    for sampler in (loader.batch_sampler, loader.sampler):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+            break
+
+
+def _finish(plan: Plan, folder: Path, saver: TrainCheckpointSaver, results: list[dict[str, Any]]) -> None:
+    """Exports the best checkpoint, says where everything is, and prints the results as timm does."""
+    if saver.best_metric is not None:
+        _logger.info(f"*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})")
+    source = next((path for name in ("model_best", "last") if (path := folder / f"{name}.pth.tar").exists()), None)
+    if source is not None:
+        model = utils.unwrap_model(plan.run.task.get_eval_model())
+        export_checkpoint(str(source), model, str(folder), use_ema=plan.run.args.model_ema)
+        _logger.info(f"Checkpoints, summary.csv, args.yaml and model.safetensors (of {source.name}) are in {folder}")
+    ranked = sorted(
+        results,
+        key=lambda result: result.get("validation", result["train"]).get(plan.eval_metric, 0),
+        reverse=plan.decreasing,
+    )
+    print(f"--result\n{json.dumps(ranked[-10:], indent=4)}", flush=True)
