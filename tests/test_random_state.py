@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import multiprocessing
 import random
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from timm_alfa.train import random_state
 from timm_alfa.train.random_state import gather_random_states, restore_random_state
@@ -59,24 +60,30 @@ def test_accelerator_state_is_kept(monkeypatch):
     assert fake.state.tolist() == [0, 1, 2, 3]
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    random.seed(rank)
-    np.random.seed(rank)
-    torch.manual_seed(rank)
-    states = gather_random_states()
-    assert (states is None) == (rank == 1)
-    expected = draw()
-    if rank == 0:
-        torch.save({"random_states": states}, f"{folder}/file")
-    dist.barrier()
-    checkpoint = torch.load(f"{folder}/file", weights_only=True)
-    assert restore_random_state(checkpoint, rank)
-    assert draw() == expected
-    assert not restore_random_state({"random_states": checkpoint["random_states"][:1]}, rank)
-    dist.destroy_process_group()
+def run_rank(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=100))
+    try:
+        random.seed(rank)
+        np.random.seed(rank)
+        torch.manual_seed(rank)
+        states = gather_random_states()
+        assert (states is None) == (rank == 1)
+        expected = draw()
+        if rank == 0:
+            torch.save({"random_states": states}, f"{folder}/file")
+        dist.barrier()
+        checkpoint = torch.load(f"{folder}/file", weights_only=True)
+        assert restore_random_state(checkpoint, rank)
+        assert draw() == expected
+        assert not restore_random_state({"random_states": checkpoint["random_states"][:1]}, rank)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_every_rank_gets_its_own_state_back(tmp_path):
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    other = multiprocessing.get_context("spawn").Process(target=run_rank, args=(1, str(tmp_path)))
+    other.start()
+    run_rank(0, str(tmp_path))
+    other.join()
+    assert other.exitcode == 0

@@ -28,7 +28,7 @@ _SYNONYMS = (TRAIN_SPLITS, ("val", "valid", "validation", "eval", "evaluation"))
 def dataset_kind(args: argparse.Namespace) -> str:
     """Kind of dataset that --dataset names: `digits`, `torch`, `hfds`, `hfids`, `tfds`, `wds`, or '' for folders."""
     prefix, slash, _ = args.dataset.partition("/")
-    return prefix.lower() if slash else args.dataset
+    return prefix.lower() if prefix and slash else args.dataset
 
 
 def data_root(args: argparse.Namespace) -> str | None:
@@ -126,5 +126,5 @@ def _check_class_map(class_map: str, folder: str) -> None:
 
 
 def _subfolders(root: str) -> str:
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "its folders (it has none)"
