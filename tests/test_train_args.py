@@ -99,8 +99,9 @@ def _write(folder: Path, text: str) -> str:
 
 
 def test_config_replaces_defaults_and_the_command_line_goes_before_it(tmp_path: Path):
-    text = "lr: 3e-4\nweight-decay: 1\nmodel_ema: true\nepochs: 7\nmodel_kwargs: {depth: 3}\nscale: [0.5, 1]\ndrop_path: null"
-    args = parse_args(["--config", _write(tmp_path, text), "--epochs", "9"])
+    lines = ["lr: 3e-4", "weight-decay: 1", "model_ema: true", "epochs: 7", "model_kwargs: {depth: 3}",
+             "scale: [0.5, 1]", "drop_path: null"]  # fmt: skip
+    args = parse_args(["--config", _write(tmp_path, "\n".join(lines)), "--epochs", "9"])
     assert args.lr == 3e-4
     assert args.weight_decay == 1.0
     assert args.model_ema is True
@@ -112,7 +113,8 @@ def test_config_replaces_defaults_and_the_command_line_goes_before_it(tmp_path: 
 
 
 def test_parsed_flags_come_back_from_a_saved_configuration(tmp_path: Path):
-    first = parse_args(["--opt-kwargs", "foreach=True", "--lr", "1e-3", "--torchcompile", "--input-size", "3", "8", "8"])
+    first = parse_args(
+        ["--opt-kwargs", "foreach=True", "--lr", "1e-3", "--torchcompile", "--input-size", "3", "8", "8"])
     path = _write(tmp_path, yaml.safe_dump(vars(first)))
     assert parse_args(["-c", path]) == first
 

@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from timm import utils
 from timm.data import resolve_data_config
+from timm.task import ClassificationTask
 from torch import nn
 
 from .. import cli
 from ..errors import UsageError
-from . import setup
 from .checkpoint import restore_random_state
 from .data import check_class_count, check_data_arguments, create_datasets, create_loaders, default_class_count
 from .device import create_precision, prepare_device
 from .loop import ReportingTask, Training, updates_per_epoch
+from .model import build_model, check_forward, place_model
+from .objective import create_criterion, create_mixup
+from .optim import create_optimizer, create_schedule, resolve_learning_rate
 from .resume import open_checkpoint, restore_ema, restore_training
+from .text import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ class Plan:
         eval_model: The model to validate.
         eval_loader: None without ``--val-split``.
         eval_metric: What best means; ``loss`` (of training) without validation.
-        input_size: ``(channels, height, width)``.
+        data_config: timm's preprocessing of the model: input size, mean, standard deviation, ...
         start_epoch: First epoch to train.
         stop_epoch: Epoch to stop before.
         num_epochs: Length of the schedule.
@@ -44,7 +48,7 @@ class Plan:
     eval_model: nn.Module
     eval_loader: Any
     eval_metric: str
-    input_size: tuple[int, int, int]
+    data_config: dict[str, Any]
     start_epoch: int
     stop_epoch: int
     num_epochs: int
@@ -70,7 +74,7 @@ def create_seeded_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, 
     """Seeds this process and creates the model; returns it, its data configuration and the device to move it to."""
     device = prepare_device(args)
     utils.random_seed(args.seed, args.rank)
-    model = setup.build_model(args)
+    model = build_model(args)
     return model, resolve_data_config(vars(args), model=model, verbose=utils.is_primary(args)), device
 
 
@@ -90,11 +94,12 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
     """
     model, data_config, device = create_seeded_model(args)
     precision = create_precision(args, device)
-    model = setup.place_model(args, model, device, precision.model_dtype)
+    model = place_model(args, model, device, precision.model_dtype)
+    check_forward(args, model, data_config["input_size"], precision)
 
     dataset_train, dataset_eval = create_datasets(args, data_config)
     check_class_count(args, dataset_train, dataset_eval)
-    collate_fn, mixup_fn = setup.create_mixup(args)
+    collate_fn, mixup_fn = create_mixup(args)
     loader_train, loader_eval = create_loaders(
         args,
         data_config,
@@ -104,24 +109,22 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
         img_dtype=precision.model_dtype or torch.float32,
         collate_fn=collate_fn,
     )
-    if len(loader_train) == 0:
-        raise UsageError(f"--batch-size {args.batch_size}: the training data do not fill a single batch per process")
     batch_size = float(args.batch_size)
     if args.train_img_sizes is not None:
         batch_size = loader_train.batch_sampler.average_batch_size
         _logger.info(f"Training at {args.train_img_sizes} pixels, {batch_size:.2f} images per batch on average.")
-    setup.resolve_learning_rate(args, batch_size)
+    resolve_learning_rate(args, batch_size)
 
     task = cli.create_task(
         args,
         model,
-        setup.create_criterion(args).to(device=device),
+        create_criterion(args).to(device=device),
         device=device,
         dtype=precision.model_dtype,
         verbose=utils.is_primary(args),
         input_size=tuple(data_config["input_size"]),
     )
-    optimizer = setup.create_optimizer(args, task.get_trainable_module())
+    optimizer = create_optimizer(args, task.get_trainable_module())
     resume_epoch = 0
     if checkpoint is not None:
         resume_epoch = restore_training(args, resume_path, checkpoint, task, optimizer, precision.scaler)
@@ -133,11 +136,11 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
         )
         if checkpoint is not None:
             restore_ema(resume_path, checkpoint, task)
-    eval_model = setup.compile_and_distribute(args, task, device)
+    eval_model = _compile_and_distribute(args, task, device)
 
     eval_metric = args.eval_metric if loader_eval is not None else "loss"
     start_epoch = resume_epoch if args.start_epoch is None else args.start_epoch
-    scheduler, num_epochs = setup.create_schedule(
+    scheduler, num_epochs = create_schedule(
         args,
         optimizer,
         updates_per_epoch=updates_per_epoch(args, loader_train),
@@ -167,9 +170,29 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
         eval_model=eval_model,
         eval_loader=loader_eval,
         eval_metric=eval_metric,
-        input_size=tuple(data_config["input_size"]),
+        data_config=data_config,
         start_epoch=start_epoch,
         stop_epoch=num_epochs if args.stop_epoch is None else min(args.stop_epoch, num_epochs),
         num_epochs=num_epochs,
         resume_path=resume_path,
     )
+
+
+def _compile_and_distribute(args: argparse.Namespace, task: ClassificationTask, device: torch.device) -> nn.Module:
+    """Compiles the task's modules and wraps them for several processes, as flags ask; returns the model to validate.
+
+    That is the unwrapped model: validation needs no gradients to be exchanged.
+    """
+    if args.torchcompile:
+        try:
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"--torchcompile {args.torchcompile}: {one_line(error)}") from error
+        if task.has_ema():
+            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    eval_model = task.get_eval_model()
+    assert eval_model is not None  # a classification task has one
+    if args.distributed:
+        device_ids = None if device.type == "cpu" else [device]
+        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+    return eval_model

@@ -56,8 +56,6 @@ def prepare_device(args: argparse.Namespace) -> torch.device:
         _logger.info(f"Training in {args.world_size} processes, one device each; this is {args.rank} on {device}.")
     else:
         _logger.info(f"Training in a single process on {device}.")
-    if device.type == "cpu":
-        args.pin_mem = False  # there is nothing to copy to, and torch warns about it
     if args.fast_norm:
         set_fast_norm()
     return device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ def setup_logging(*, primary: bool) -> None:
         logging.root.setLevel(logging.INFO if primary else logging.WARNING)
 
 
-def progress_bar(total: int, description: str, *, primary: bool) -> tqdm[None]:
+def progress_bar(total: int, description: str, *, primary: bool) -> tqdm[NoReturn]:
     """Returns a bar over `total` batches; disabled (``bar.disable``) unless the primary process has a terminal."""
     return tqdm(
         total=total,

@@ -14,6 +14,7 @@ import torch
 from timm import utils
 from timm.data import Mixup
 from timm.task import ClassificationTask
+from torch import nn
 from torchvision.utils import save_image
 
 from .checkpoint import TrainCheckpointSaver, gather_random_states
@@ -59,6 +60,13 @@ class Training:
     folder: Path | None = None
 
     @property
+    def module(self) -> nn.Module:
+        """What is trained, inside its wrapper for several processes if there is one."""
+        module = self.task.get_trainable_module()
+        assert module is not None  # a classification task has one
+        return module
+
+    @property
     def learning_rate(self) -> float:
         """Mean over the parameter groups."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -79,7 +87,7 @@ def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
     """
     args, task, loader = run.args, run.task, run.loader
     _switch_mixup_off(run, epoch)
-    task.get_trainable_module().train()
+    run.module.train()
 
     batches, updates = len(loader), updates_per_epoch(args, loader)
     remainder = batches % args.grad_accum_steps

@@ -97,7 +97,8 @@ def add_refused_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_refused(args: argparse.Namespace) -> None:
     """Raises `UsageError` for a flag that is set but not supported here."""
-    for flag, default, *_ in (*_REFUSED, ("--task", "classification")):
+    supported = {flag: default for flag, default, *_ in _REFUSED} | {"--task": "classification"}
+    for flag, default in supported.items():
         value = getattr(args, flag.lstrip("-").replace("-", "_"))
         if value != default:
             shown = flag if value is True else f"{flag} {value}"

@@ -14,6 +14,7 @@ from timm.utils import NativeScaler
 
 from ..errors import UsageError
 from .checkpoint import find_resume, read_checkpoint
+from .text import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def restore_training(
     try:
         task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"--resume {path}: does not fit --model {args.model}: {_first_lines(error)}") from error
+        raise UsageError(f"--resume {path}: does not fit --model {args.model}: {one_line(error)}") from error
     if not args.no_resume_opt:
         try:
             if "optimizer" in checkpoint:
@@ -58,7 +59,7 @@ def restore_training(
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"--resume {path}: its optimizer state does not fit --opt {args.opt} "
-                f"(--no-resume-opt leaves it out): {_first_lines(error)}") from error
+                f"(--no-resume-opt leaves it out): {one_line(error)}") from error
     epoch = checkpoint.get("epoch")
     if not isinstance(epoch, int):
         return 0
@@ -75,9 +76,4 @@ def restore_ema(path: str, checkpoint: dict[str, Any], task: ClassificationTask)
         task.load_checkpoint_state(
             clean_state_dict(checkpoint[f"state_dict{suffix}"]), checkpoint.get(f"task_state{suffix}"), ema=True)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"--resume {path}: its averaged weights do not fit: {_first_lines(error)}") from error
-
-
-def _first_lines(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+        raise UsageError(f"--resume {path}: its averaged weights do not fit: {one_line(error)}") from error

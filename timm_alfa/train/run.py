@@ -16,7 +16,6 @@ import torch
 from timm import utils
 from timm.utils.distributed import world_info_from_env
 
-from ..dryrun import dry_run
 from ..errors import UsageError
 from ..export import export_checkpoint
 from .args import parse_args
@@ -80,6 +79,8 @@ def train(args: argparse.Namespace) -> None:
     plan = assemble(args, resume_path, checkpoint)
     del checkpoint
     if args.alfa_dry_run:
+        from ..dryrun import dry_run
+
         run = plan.run
         dry_run(
             args,
@@ -88,7 +89,7 @@ def train(args: argparse.Namespace) -> None:
             device=run.device,
             amp_autocast=run.precision.autocast,
             optimizer=run.optimizer,
-            input_size=plan.input_size,
+            input_size=plan.data_config["input_size"],
         )
     elif plan.start_epoch < plan.stop_epoch:
         _train_and_export(plan, config)
@@ -100,7 +101,7 @@ def _train_and_export(plan: Plan, config: dict[str, Any]) -> None:
     run, args = plan.run, plan.run.args
     log = None
     if utils.is_primary(args):
-        run.folder = open_output(args, config, side=plan.input_size[-1], resume_path=plan.resume_path)
+        run.folder = open_output(args, config, side=plan.data_config["input_size"][-1], resume_path=plan.resume_path)
         run.saver = _create_saver(plan, run.folder)
         log = MetricLog(args, run.folder, config, plan.start_epoch)
     results: list[dict[str, Any]] = []
@@ -123,7 +124,7 @@ def _train_and_export(plan: Plan, config: dict[str, Any]) -> None:
 def _create_saver(plan: Plan, folder: Path) -> TrainCheckpointSaver:
     run = plan.run
     saver = TrainCheckpointSaver(
-        model=run.task.get_trainable_module(),
+        model=run.module,
         optimizer=run.optimizer,
         args=run.args,
         amp_scaler=run.precision.scaler,
@@ -144,7 +145,7 @@ def _run_epoch(plan: Plan, epoch: int, log: MetricLog | None) -> list[dict[str, 
     _set_loader_epoch(run.loader, epoch)
     train_metrics = train_one_epoch(run, epoch)
     if args.distributed and args.dist_bn:
-        utils.distribute_bn(run.task.get_trainable_module(), args.world_size, args.dist_bn == "reduce")
+        utils.distribute_bn(run.module, args.world_size, args.dist_bn == "reduce")
 
     done = epoch + 1
     due = done % args.val_interval == 0 or done == plan.num_epochs
@@ -178,13 +179,12 @@ def _validate(plan: Plan) -> dict[str, float] | None:
         return None
     metrics = validate(
         args, run.task, plan.eval_model, plan.eval_loader, device=run.device, precision=run.precision)
-    average = run.task.get_trainable_module(ema=True)
+    average = run.task.get_eval_model(ema=True)
     if average is not None and not args.model_ema_force_cpu:
         if args.distributed and args.dist_bn:
             utils.distribute_bn(average, args.world_size, args.dist_bn == "reduce")
         metrics = validate(
-            args, run.task, run.task.get_eval_model(ema=True), plan.eval_loader,
-            device=run.device, precision=run.precision, label="Test (EMA)")
+            args, run.task, average, plan.eval_loader, device=run.device, precision=run.precision, label="Test (EMA)")
     return metrics
 
 
@@ -205,7 +205,7 @@ def _finish(plan: Plan, folder: Path, saver: TrainCheckpointSaver, results: list
     source = next((path for name in ("model_best", "last") if (path := folder / f"{name}.pth.tar").exists()), None)
     if source is not None:
         model = utils.unwrap_model(plan.run.task.get_eval_model())
-        export_checkpoint(str(source), model, str(folder), use_ema=plan.run.args.model_ema)
+        export_checkpoint(source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config)
         _logger.info(f"Checkpoints, summary.csv, args.yaml and model.safetensors (of {source.name}) are in {folder}")
     ranked = sorted(
         results,

@@ -1,0 +1,229 @@
+"""The training command from end to end, in this process, on a folder of small images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from training_images import make_image_folder
+
+from timm_alfa.train import loop, main
+from timm_alfa.train.args import parse_args
+
+BASE = "--model test_resnet --img-size 32 --num-classes 3 -b 8 --workers 0 --opt adamw --lr 1e-3 --warmup-epochs 1"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+def _arguments(images: Path, output: Path, extra: str) -> list[str]:
+    where = ["--data-dir", str(images), "--output", str(output), "--experiment", "run"]
+    return [*BASE.split(), *where, *extra.split()]
+
+
+def _checkpoint(path: Path) -> dict:
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_leaves_checkpoints_records_and_a_plain_model(
+        images: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
+):
+    arguments = _arguments(images, tmp_path, "--epochs 2 --channels-last --amp --amp-dtype bfloat16 --save-images")
+    with caplog.at_level(logging.INFO):
+        main(arguments)
+    folder = tmp_path / "run"
+    rows = _rows(folder)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert set(rows[0]) == {"epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "args.yaml", "last.pth.tar", "model_best.pth.tar", "checkpoint-0.pth.tar", "checkpoint-1.pth.tar",
+        "config.json", "train-batch-0.jpg"}  # fmt: skip
+
+    assert parse_args(["--config", str(folder / "args.yaml")]) == parse_args(arguments)
+
+    result = json.loads(capsys.readouterr().out.partition("--result\n")[2])
+    assert sorted(entry["epoch"] for entry in result) == [0, 1]
+    assert "Train: 1 [   2/3 (100%)]" in caplog.text
+    assert "*** Best metric" in caplog.text
+
+    model = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(folder / "model.safetensors"))
+    best = _checkpoint(folder / "model_best.pth.tar")["state_dict"]
+    assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    flags = "--epochs 3 --mixup 0.2 --aa rand-m9 --model-ema --model-ema-decay 0.9 --drop 0.1 --val-interval 2"
+    main(_arguments(images, tmp_path / "whole", flags))
+
+    parts = tmp_path / "parts"
+    main(_arguments(images, parts, f"{flags} --resume auto --stop-epoch 1"))
+    assert [row["epoch"] for row in _rows(parts / "run")] == ["0"]
+    main(_arguments(images, parts, f"{flags} --resume auto"))
+    whole, resumed = (_checkpoint(folder / "run" / "last.pth.tar") for folder in (tmp_path / "whole", parts))
+    for key in ("state_dict", "state_dict_ema"):
+        for name, tensor in whole[key].items():
+            assert torch.equal(tensor, resumed[key][name]), (key, name)
+    assert [row["epoch"] for row in _rows(parts / "run")] == ["0", "1", "2"]
+    assert _rows(parts / "run")[1:] == _rows(tmp_path / "whole" / "run")
+    assert len(resumed["saver"]["checkpoint_files"]) == 2  # the two that were there when the third was written
+
+    before = _contents(parts)
+    with caplog.at_level(logging.INFO):
+        main(_arguments(images, parts, f"{flags} --resume auto"))
+    assert "Nothing left to do" in caplog.text
+    assert _contents(parts) == before
+
+
+def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(images: Path, tmp_path: Path):
+    main(_arguments(images, tmp_path, "--epochs 1 --val-split= --sched none"))
+    before = _contents(tmp_path / "run")
+    assert "eval_top1" not in _rows(tmp_path / "run")[0]
+    resume = f"--resume {tmp_path / 'run' / 'last.pth.tar'}"
+    main([*_arguments(images, tmp_path, f"--epochs 1 --no-resume-opt --start-epoch 0 {resume}"), "--experiment", "two"])
+    main(_arguments(images, tmp_path, "--epochs 1"))
+    assert _contents(tmp_path / "run") == before
+    assert (tmp_path / "two" / "last.pth.tar").exists()
+    assert (tmp_path / "run-1" / "last.pth.tar").exists()
+
+
+def test_milestones_are_kept_and_do_not_change_the_run(images: Path, tmp_path: Path):
+    flags = "--epochs 2 --val-interval 2 --checkpoint-hist 1"
+    main(_arguments(images, tmp_path / "plain", flags))
+    main(_arguments(images, tmp_path / "saved", f"{flags} --save-epochs 1"))
+    folder = tmp_path / "saved" / "run"
+    assert _checkpoint(folder / "milestone-1.pth.tar")["epoch"] == 0
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1.pth.tar"]
+    expected = _checkpoint(tmp_path / "plain" / "run" / "last.pth.tar")["state_dict"]
+    actual = _checkpoint(folder / "last.pth.tar")["state_dict"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
+
+
+def test_an_interrupted_run_keeps_its_recovery_checkpoint_and_goes_on_from_it(
+        images: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+):
+    save_recovery = loop.save_recovery
+
+    def save_and_interrupt(*arguments: object) -> None:
+        save_recovery(*arguments)
+        raise KeyboardInterrupt
+
+    flags = "--epochs 1 --recovery-interval 2 --resume auto"
+    monkeypatch.setattr(loop, "save_recovery", save_and_interrupt)
+    with pytest.raises(SystemExit) as caught:
+        main(_arguments(images, tmp_path, flags))
+    monkeypatch.setattr(loop, "save_recovery", save_recovery)
+    assert caught.value.code == 130
+    assert (tmp_path / "run" / "recovery-0-1.pth.tar").exists()
+    with caplog.at_level(logging.INFO):
+        main(_arguments(images, tmp_path, flags))
+    assert "in the middle of epoch 0" in caplog.text
+    assert [row["epoch"] for row in _rows(tmp_path / "run")] == ["0"]
+
+
+def test_batches_of_several_sizes(images: Path, tmp_path: Path):
+    main(_arguments(images, tmp_path, (
+        "--epochs 1 --lr-base 0.1 --lr 0 --train-img-sizes 32 48 --train-batch-sizes 8 4 "
+        "--variable-batch-loss-scale linear --no-prefetcher --mixup 0.1 --log-tensorboard")))
+    row = _rows(tmp_path / "run")[0]
+    assert float(row["train_loss"]) > 0
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("--model resnet20x", "resnet20x: timm has no such model; nearest: resnet20s"),
+        ("--model-kwargs no_such=1", "--model test_resnet: cannot be created"),
+        ("--opt adamx", "--opt adamx"),
+        ("--opt-kwargs no_such=1", "--opt adamw"),
+        ("--sched cosin", "--sched cosin"),
+        ("--data-dir no/such/folder", "no/such/folder"),
+        ("--num-classes 2", "--num-classes 2"),
+        ("--batch-size 64", "--batch-size 64"),
+        ("--resume no-such-file", "no-such-file"),
+        ("--resume {broken}", "--resume"),
+        ("--resume {other}", "does not fit --model test_resnet"),
+        ("--initial-checkpoint no-such-file", "no-such-file"),
+        ("--torchcompile no-such-backend", "no-such-backend"),
+        ("--device-modules no_such_module", "no_such_module"),
+        ("--grad-checkpointing --model pit_ti_224", "--grad-checkpointing"),
+        ("--config {broken}", "--config"),
+        ("--model visformer_tiny --img-size 64", "[3, 64, 64]: --model visformer_tiny cannot take it"),
+    ],
+)
+def test_a_run_that_cannot_start_says_so_in_one_line_and_writes_nothing(
+        images: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        extra: str,
+        expected: str,
+):
+    folder = tmp_path / "out" / "run"
+    folder.mkdir(parents=True)
+    (folder / "last.pth.tar").write_bytes(b"precious")
+    other = tmp_path / "other.pth.tar"
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, "epoch": 0, "version": 2}, other)
+    before = _contents(tmp_path / "out")
+    extra = extra.format(broken=folder / "last.pth.tar", other=other)
+    with pytest.raises(SystemExit) as caught:
+        main(_arguments(images, tmp_path / "out", f"--epochs 1 {extra}"))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train_alfa.py: error: ")
+    assert error.count("\n") == 1
+    assert expected in error
+    assert _contents(tmp_path / "out") == before
+
+
+def test_on_a_terminal_a_bar_replaces_the_lines_between_the_last_ones(
+        images: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with caplog.at_level(logging.INFO):
+        main(_arguments(images, tmp_path, "--epochs 1 --log-interval 1"))
+    assert "Train: 0:" in capsys.readouterr().err
+    assert [message[:14] for message in caplog.messages if message.startswith("Train: 0")] == ["Train: 0 [   2"]
+
+
+def test_blocks_are_listed_without_data(capsys: pytest.CaptureFixture[str]):
+    main(["--model", "test_resnet", "--alfa-list-blocks"])
+    assert capsys.readouterr().out
+
+
+def test_the_saved_configuration_holds_what_was_asked_for(images: Path, tmp_path: Path):
+    main(_arguments(images, tmp_path, "--epochs 1 --lr-base 0.05 --seed 3"))
+    saved = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert saved["lr_base"] == 0.05
+    assert saved["seed"] == 3
+    assert saved["device"] == "cuda"
+    assert "world_size" not in saved

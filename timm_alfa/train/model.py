@@ -1,0 +1,126 @@
+"""The model that flags describe, checked and put in its place."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.models import create_model, is_model, list_models, safe_model_name
+from torch import nn
+
+from .. import models as _registered  # noqa: F401  (importing it gives timm the CIFAR ResNets)
+from ..errors import UsageError
+from .device import Precision
+from .text import one_line
+
+_logger = logging.getLogger(__name__)
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """Creates ``--model`` on the CPU and sets ``args.num_classes`` to its number of classes.
+
+    Raises:
+        UsageError: there is no such model, or it cannot be built with these flags or from these weights.
+    """
+    if ":" not in args.model and not is_model(args.model):
+        name = args.model.partition(".")[0]
+        near = difflib.get_close_matches(name, list_models(), n=3)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise UsageError(f"--model {args.model}: timm has no such model{hint}")
+    for flag, path in (("--initial-checkpoint", args.initial_checkpoint), ("--pretrained-path", args.pretrained_path)):
+        if path and not os.path.isfile(path):
+            raise UsageError(f"{flag} {path}: no such file; expected weights, such as model.safetensors")
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    overlay: dict[str, Any] = {}
+    if args.pretrained_path:  # a file goes before the published weights, and num_classes -1 makes timm adapt the head
+        overlay["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
+    try:
+        model: Any = create_model(
+            args.model,
+            pretrained=args.pretrained,
+            in_chans=in_chans,
+            num_classes=args.num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            drop_block_rate=args.drop_block,
+            global_pool=args.gp,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+            scriptable=False,
+            checkpoint_path=args.initial_checkpoint,
+            **overlay,
+            **args.model_kwargs,
+        )
+    except Exception as error:  # a model's constructor may raise anything about the values it was given
+        raise UsageError(f"--model {args.model}: cannot be created with these flags: {one_line(error)}") from error
+    _initialize_head(args, model)
+    if args.num_classes is None:
+        if not hasattr(model, "num_classes"):
+            raise UsageError(f"--model {args.model}: does not say its number of classes; add --num-classes")
+        args.num_classes = model.num_classes
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except (AssertionError, AttributeError) as error:
+            raise UsageError(f"--grad-checkpointing: --model {args.model} does not support it") from error
+    count = sum(parameter.numel() for parameter in model.parameters())
+    _logger.info(f"Model {safe_model_name(args.model)} created, {count:,} parameters, {args.num_classes} classes.")
+    built: nn.Module = model
+    return built
+
+
+def _initialize_head(args: argparse.Namespace, model: Any) -> None:
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    head = model.get_classifier()
+    if not isinstance(getattr(head, "weight", None), torch.Tensor) or head.bias is None:
+        raise UsageError(f"--head-init-scale, --head-init-bias: {args.model} has no classifier with weight and bias")
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            head.weight.mul_(args.head_init_scale)
+            head.bias.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            head.bias.fill_(args.head_init_bias)
+
+
+def check_forward(args: argparse.Namespace, model: nn.Module, input_size: Sequence[int], precision: Precision) -> None:
+    """Raises `UsageError` if `model` cannot take a `[C, H, W]` image of `input_size`; nothing random is drawn.
+
+    Many models are built for one size, and would otherwise fail only when training has begun.
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), precision.autocast():
+            model(image)
+    except Exception as error:  # models check their input in every way there is
+        raise UsageError(
+            f"--input-size, --img-size {list(input_size)}: --model {args.model} cannot take it: {one_line(error)}"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def place_model(
+        args: argparse.Namespace,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype | None,
+) -> nn.Module:
+    """Moves the model to its device, type and memory layout, with synchronized batch norm if asked for."""
+    model.to(device=device, dtype=dtype)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ""  # synchronized statistics are the same everywhere
+        model = convert_sync_batchnorm(model)
+        _logger.info("Batch norms are synchronized over all processes.")
+    return model
