@@ -8,3 +8,7 @@ class UsageError(ValueError):
 
     The message is one line that names the flag (or file), the value found and what would be right.
     """
+
+
+class BlockError(ValueError):
+    """A block name that does not resolve, or a block that cannot be perturbed; the message says what would do."""

@@ -1,0 +1,137 @@
+"""Signed-gradient ascent and projections: pure tensor functions for features and pixels alike (Eq. 2 and 4).
+
+A perturbation is a sequence of tensors, [B, ...] each, because a block may return several; its l2 norm is taken per
+sample over all of them. Step sizes and radii are numbers, or tensors that broadcast against [B, ...] (AdvProp's
+per-channel scales).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+Init = Literal["zero", "uniform"]
+Scale: TypeAlias = float | Tensor
+
+NORMS: tuple[Norm, ...] = ("linf", "l2")
+INITS: tuple[Init, ...] = ("zero", "uniform")
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a perturbation: at least float32, because in bfloat16 a step of 0.5/255 vanishes."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def zeros(features: Sequence[Tensor]) -> list[Tensor]:
+    """The perturbation that every attack starts from by default."""
+    return [torch.zeros_like(feature, dtype=working_dtype(feature.dtype)) for feature in features]
+
+
+def uniform(features: Sequence[Tensor], eps: Scale, generator: torch.Generator | None = None) -> list[Tensor]:
+    """A random start, each entry uniform in [-eps, eps]."""
+    return [part.uniform_(-1, 1, generator=generator) * eps for part in zeros(features)]
+
+
+def direction(gradients: Sequence[Tensor], norm: Norm) -> list[Tensor]:
+    """sgn(g) for ``linf``, g / ||g||_2 per sample for ``l2``; a zero gradient has the zero direction."""
+    gradients = [gradient.to(working_dtype(gradient.dtype)) for gradient in gradients]
+    if norm == "linf":
+        return [torch.sign(gradient) for gradient in gradients]
+    # Scaled by the largest entry first, so that squares of tiny gradients do not underflow.
+    largest = _per_sample([gradient.abs() for gradient in gradients], lambda values: values.amax(dim=1))
+    scaled = [_divide(gradient, largest) for gradient in gradients]
+    return [_divide(gradient, _l2(scaled)) for gradient in scaled]
+
+
+def project(delta: Sequence[Tensor], eps: Scale | None, norm: Norm) -> list[Tensor]:
+    """The nearest point of the ball of radius ``eps`` around 0; ``None`` means no bound."""
+    if eps is None:
+        return list(delta)
+    if norm == "linf":
+        return [part.clamp(-eps, eps) if isinstance(eps, float) else part.minimum(eps).maximum(-eps) for part in delta]
+    norms = _l2(delta)
+    factor = torch.clamp(eps / norms.clamp(min=torch.finfo(norms.dtype).tiny), max=1.0)
+    return [part * _column(factor, part) for part in delta]
+
+
+def ascend(
+        delta: Sequence[Tensor] | None,
+        gradients: Sequence[Tensor],
+        *,
+        alpha: Scale,
+        norm: Norm = "linf",
+        eps: Scale | None = None,
+) -> list[Tensor]:
+    """One step of Eq. 4: Proj[delta + alpha * sgn(g)], or with g / ||g||_2 for ``l2``.
+
+    Args:
+        delta: Where the step starts; ``None`` is 0.
+        gradients: Of the loss with respect to ``delta``, in any positive scale.
+        alpha: Step size, in units of the perturbed tensor.
+        norm: Geometry of step and ball.
+        eps: Radius of the ball, or ``None`` for no bound.
+    """
+    steps = [part.mul_(alpha) if isinstance(alpha, float) else part * alpha for part in direction(gradients, norm)]
+    moved = steps if delta is None else [part + step for part, step in zip(delta, steps, strict=True)]
+    return project(moved, eps, norm)
+
+
+def perturb(
+        gradient_at: Callable[[list[Tensor]], Sequence[Tensor]],
+        delta: Sequence[Tensor],
+        *,
+        steps: int,
+        alpha: Scale,
+        norm: Norm = "linf",
+        eps: Scale | None = None,
+        valid: Callable[[list[Tensor]], list[Tensor]] | None = None,
+) -> list[Tensor]:
+    """``steps`` times Eq. 4 from ``delta``.
+
+    Args:
+        gradient_at: The loss's gradient with respect to the perturbation, at a given one.
+        delta: Where to start.
+        steps: How many steps, at least 0.
+        alpha: Step size.
+        norm: Geometry of step and ball.
+        eps: Radius of the ball, or ``None``.
+        valid: Applied after each projection, for perturbations that have to stay within more than a ball (pixels).
+    """
+    current = list(delta)
+    for _ in range(steps):
+        current = ascend(current, gradient_at(current), alpha=alpha, norm=norm, eps=eps)
+        if valid is not None:
+            current = valid(current)
+    return current
+
+
+def l2_norms(delta: Sequence[Tensor]) -> Tensor:
+    """||delta||_2 per sample, [B]."""
+    return _l2(delta)
+
+
+def linf_norms(delta: Sequence[Tensor]) -> Tensor:
+    """||delta||_inf per sample, [B]."""
+    return _per_sample([part.abs() for part in delta], lambda values: values.amax(dim=1))
+
+
+def _l2(parts: Sequence[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return torch.linalg.vector_norm(parts[0].flatten(1), dim=1)
+    return torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in parts]).norm(dim=0)
+
+
+def _per_sample(parts: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.stack([reduce(part.flatten(1)) for part in parts]).amax(dim=0)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def _divide(part: Tensor, divisors: Tensor) -> Tensor:
+    return part / _column(divisors.masked_fill(divisors == 0, 1), part)

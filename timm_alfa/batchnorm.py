@@ -1,0 +1,73 @@
+"""Which statistics a pass reads and moves.
+
+In the adversarial passes batch norms use the batch's statistics, as in every training pass. With ``bn="clean"`` their
+running statistics and counters move only with the clean pass, and so do the buffers of other norms that keep some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNormMode = Literal["clean", "shared"]
+BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("clean", "shared")
+
+
+class Statistics:
+    """The buffers that a training-mode forward may move.
+
+    Args:
+        model: Looked through once; modules added later are not seen.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._others = [
+            (module, name)
+            for module in model.modules()
+            if not isinstance(module, _BatchNorm)
+            for name, _ in module.named_buffers(recurse=False)
+        ]
+        self._observed = False
+
+    @contextmanager
+    def observed(self) -> Iterator[None]:
+        """Around a clean pass: the first one tells which buffers, outside of batch norms, move at all."""
+        if self._observed:
+            yield
+            return
+        before = [(buffer, buffer._version) for buffer in map(_buffer, self._others)]
+        yield
+        self._others = [
+            owner
+            for owner, (buffer, version) in zip(self._others, before, strict=True)
+            if _buffer(owner) is not buffer or buffer._version != version
+        ]
+        self._observed = True
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Passes inside use batch statistics and leave every running statistic as it is."""
+        # track_running_stats = False in training mode: batch statistics, nothing moves. momentum = 0 would still count.
+        tracking = [norm for norm in self._norms if norm.training and norm.track_running_stats]
+        originals = [(module, name, _buffer((module, name))) for module, name in self._others]
+        try:
+            for norm in tracking:
+                norm.__dict__["track_running_stats"] = False
+            for module, name, buffer in originals:
+                module._buffers[name] = buffer.clone()
+            yield
+        finally:
+            for norm in tracking:
+                norm.__dict__["track_running_stats"] = True
+            for module, name, buffer in originals:
+                module._buffers[name] = buffer
+
+
+def _buffer(owner: tuple[nn.Module, str]) -> Tensor:
+    module, name = owner
+    return module.get_buffer(name)

@@ -1,0 +1,95 @@
+"""The objective: Eq. 3 for ALFA, Eq. 5 for L-ALFA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .eta import l1_norm
+
+if TYPE_CHECKING:
+    from .wrapper import AlfaOutput
+
+Reduction = Literal["sum", "mean"]
+REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean")
+
+
+@dataclass
+class AlfaLossOutput:
+    """The objective and its parts, all scalars.
+
+    Args:
+        loss: What to call ``backward`` on.
+        clean: The criterion on the clean output, detached.
+        adversarial: Block name -> the criterion on its adversarial output, detached.
+        l1: ||eta||_1, detached; 0 if eta is not learned.
+    """
+
+    loss: Tensor
+    clean: Tensor
+    adversarial: dict[str, Tensor]
+    l1: Tensor
+
+
+class AlfaLoss:
+    """crit(model(x), y) + lam * sum_i crit(T_i(f_i + eta_i * delta_i), y) + gamma * ||eta||_1.
+
+    Args:
+        criterion: (output, target) -> scalar.
+        lam: Weight of the adversarial terms, at least 0.
+        gamma: Weight of ||eta||_1, at least 0; without effect unless eta is learned.
+        reduction: ``"sum"`` is the paper's Eq. 3 and 5. ``"mean"`` is (clean + lam * mean of the adversarial terms)
+            / (1 + lam), which for lam = 1 is the released code's (clean + adversarial) / 2.
+
+    Raises:
+        ValueError: A weight is negative or not finite, or the reduction is unknown.
+    """
+
+    def __init__(
+            self,
+            criterion: Callable[[Any, Any], Tensor],
+            lam: float = 1.0,
+            gamma: float = 0.0,
+            reduction: Reduction = "sum",
+    ):
+        for name, value in (("lam", lam), ("gamma", gamma)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number of at least 0, found {value}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, found {reduction!r}")
+        self.criterion = criterion
+        self.lam = lam
+        self.gamma = gamma
+        self.reduction = reduction
+
+    def __call__(self, alfa_output: AlfaOutput, target: Any) -> AlfaLossOutput:
+        """The objective for what an ``AlfaWrapper`` returned.
+
+        Args:
+            alfa_output: Of ``alfa(input, target)``; without adversarial outputs (evaluation) the loss is the clean one.
+            target: Whatever the criterion takes.
+        """
+        clean = self.criterion(alfa_output.output, target)
+        adversarial = {name: self.criterion(output, target) for name, output in alfa_output.adv_outputs.items()}
+        loss = self.combine(clean, list(adversarial.values()))
+        eta = alfa_output.eta
+        l1 = l1_norm(eta).to(loss) if eta.requires_grad else torch.zeros_like(clean)
+        if eta.requires_grad and self.gamma:
+            loss = loss + self.gamma * l1
+        return AlfaLossOutput(
+            loss, clean.detach(), {name: value.detach() for name, value in adversarial.items()}, l1.detach()
+        )
+
+    def combine(self, clean: Tensor, adversarial: list[Tensor]) -> Tensor:
+        """The clean and adversarial terms together; never the same tensor as ``clean``."""
+        if not adversarial:
+            return clean.clone()
+        total = torch.stack(adversarial).sum() if len(adversarial) > 1 else adversarial[0]
+        if self.reduction == "sum":
+            return clean + self.lam * total
+        return (clean + self.lam / len(adversarial) * total) / (1 + self.lam)

@@ -1,0 +1,492 @@
+"""Run a model once, then run it again from a block: the tail replay.
+
+During the clean pass every *region* keeps its output. A region is a submodule without a chosen block inside that is
+called from outside of any other such submodule, or a chosen block itself; what lies above the regions (the modules on
+the *path* to a block, with their functional glue) is orchestration. In a replay the regions that had finished before
+block ``i`` return what they returned in the clean pass without computing, block ``i`` returns the given value, and
+everything after it, the tail, computes. Position embeddings, flattening, concatenations and skip connections around the
+block therefore need no special case.
+
+The first clean pass intercepts every submodule to find the regions, and copies what they hand on; the first replays
+show which outputs are read, and so which of those that are later written to in place have to be copied from then on.
+
+This is the only file that intercepts module calls. It does so through the slot that ``nn.Module.compile`` uses, filled
+for the duration of one pass and emptied in ``finally``: nothing stays on the model between passes, copies and pickles
+never see it, and regions that were compiled one by one keep their compiled call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from .errors import BlockError
+from .randomness import RandomState
+
+_SLOT = "_compiled_call_impl"  # read by nn.Module.__call__ before anything else, left out of copies and pickles
+
+
+@dataclass
+class Feature:
+    """Output of a block: a tensor, or nested lists, tuples and dicts of tensors.
+
+    Args:
+        tensors: The floating-point tensors of the output, each [B, ...], connected to the clean graph.
+        leaves: All leaves of the output.
+        spec: How the leaves were nested.
+    """
+
+    tensors: list[Tensor]
+    leaves: list[Any]
+    spec: TreeSpec
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """The block's output with its floating-point tensors replaced, in their order."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if _is_floating(leaf) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.spec)
+
+
+@dataclass
+class _Call:
+    """One call of a region that finished before the last block did."""
+
+    key: tuple[str, int]  # region and how many times it had been called before
+    order: int  # position among the calls of this pass
+    output: Any
+    versions: list[int]
+    state: RandomState  # when the call had finished
+
+
+@dataclass
+class Recording:
+    """What a clean pass left behind: the output, the chosen blocks' features and what replays need.
+
+    Args:
+        output: The model's output.
+        features: Block name -> :class:`Feature`, in the order in which the blocks were asked for.
+        cuts: Block name -> leaves that the rest of the model was given instead of the feature, if it was cut there.
+        start: Random state before the pass.
+        end: Random state after it.
+    """
+
+    output: Any
+    features: dict[str, Feature]
+    cuts: dict[str, list[Tensor]]
+    start: RandomState
+    end: RandomState
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    calls: dict[_Region, list[_Call]] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+
+    def execution_order(self) -> list[str]:
+        """The blocks' names in the order in which they ran."""
+        return sorted(self.order, key=self.order.__getitem__)
+
+
+class _Region:
+    """A module whose calls are intercepted while a pass runs; the pass decides what a call does."""
+
+    def __init__(self, name: str, module: nn.Module, is_block: bool, on_path: bool):
+        self.name = name
+        self.module = module
+        self.is_block = is_block
+        self.on_path = on_path  # a block above another block: it must run for the other to be reached
+        self.pass_: _Pass | None = None
+        self.compiled: Any = None  # what the slot held before the pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.pass_ is not None
+        return self.pass_.call(self, args, kwargs)
+
+    def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: bool = False) -> Any:
+        """What the module itself returns, hooks included; compiled if it was, unless ``eager``."""
+        if self.compiled is None or eager:
+            return self.module._call_impl(*args, **kwargs)
+        return self.compiled(*args, **kwargs)
+
+
+class Replay:
+    """Records a clean pass of a model and replays the tails of chosen blocks.
+
+    Args:
+        model: Any module; not itself compiled (what it consists of may be).
+        blocks: Name -> submodule. Each must run exactly once per forward.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]):
+        self.model = model
+        self.blocks = {name: _last_of_sequence(model, block) for name, block in blocks.items()}
+        self._candidates = list(_candidates(model, self.blocks))
+        self._known: list[_Region] | None = None  # the regions, once a clean pass has shown them
+        self._optional: set[_Region] = set()  # regions that some passes do without (layers dropped at random)
+        self._habits: dict[tuple[str, int], _Habit] = {}
+        self._unwatched = set(self.blocks)  # blocks whose replay has not been observed yet
+
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, cut: bool = False) -> Recording:
+        """Run the model once and remember what replays need.
+
+        Args:
+            args: Positional arguments of the model.
+            kwargs: Keyword arguments of the model.
+            cut: Give the rest of the model leaves in place of the blocks' features, so that the graph falls into
+                pieces that can be differentiated, and freed, one at a time.
+
+        Raises:
+            BlockError: A block ran several times, not at all, inside another region, without gradient tracking
+                (reentrant checkpointing), or returned no floating-point tensor.
+        """
+        start = RandomState.capture(random_devices(self.model, args))
+        pass_ = _RecordPass(self, start, cut)
+        with _intercept(self._candidates if self._known is None else self._known, pass_):
+            output = self.model(*args, **(kwargs or {}))
+        missing = [name for name in self.blocks if name not in pass_.order]
+        if missing:
+            raise BlockError(f"block {missing[0]!r} did not run in the model's forward; choose one that does")
+        pass_.note_mutations()
+        self._note_regions(set(pass_.calls))
+        return Recording(
+            output,
+            {name: pass_.features[name] for name in self.blocks},
+            pass_.cuts,
+            start,
+            RandomState.capture(start.devices),
+            args,
+            dict(kwargs or {}),
+            pass_.calls,
+            pass_.order,
+        )
+
+    def replay(self, recording: Recording, block: str, value: Any, *, detach: bool = False) -> Any:
+        """The model's output when ``block`` returns ``value``: only its tail computes.
+
+        The random state runs through the same values as in the clean pass and is left where the tail leaves it.
+
+        Args:
+            recording: What :meth:`record` returned.
+            block: Name of the block.
+            value: In the structure of the block's output.
+            detach: Cut the remembered outputs of earlier regions (skip connections around the block) from the graph.
+        """
+        watch = block in self._unwatched
+        pass_ = _ReplayPass(self, recording, block, value, detach, watch)
+        recording.start.restore()
+        with _intercept(pass_.regions, pass_), _without_checkpointing(self.model), pass_.reads:
+            output = self.model(*recording.args, **recording.kwargs)
+        if not pass_.reached:
+            raise BlockError(f"block {block!r} ran in the clean pass but not in its replay")
+        if watch:
+            pass_.note_reads()
+            self._unwatched.discard(block)
+        return output
+
+    def compile(self, **options: Any) -> None:
+        """``torch.compile`` the maximal submodules without a block inside, and the blocks, one by one.
+
+        What orchestrates them stays eager: a compiled graph can neither return from the middle nor start there.
+
+        Args:
+            options: Of ``torch.compile``.
+        """
+        for region in self._candidates:
+            if not any(_contains(other.module, region.module) for other in self._candidates if other is not region):
+                region.module.compile(**options)
+
+    def _note_regions(self, called: set[_Region]) -> None:
+        if self._known is None:
+            self._known = [region for region in self._candidates if region in called or region in self._optional]
+            return
+        missing = [region for region in self._known if region not in called and region not in self._optional]
+        if missing:  # another way through the model: look again, at all of it, in the next pass
+            self._optional.update(self._known)
+            self._known = None
+            self._unwatched = set(self.blocks)
+
+    def needs_copy(self, key: tuple[str, int]) -> bool:
+        """Whether somebody else writes into this output while a replay needs it as it was."""
+        habit = self._habits.get(key)
+        return habit is None or bool(self._unwatched) or (habit.mutated and habit.read)
+
+
+@dataclass
+class _Habit:
+    """What earlier passes showed about a region's output."""
+
+    mutated: bool = False  # a later operation wrote into it
+    read: bool = False  # a replay read it (most outputs only feed regions that do not compute)
+
+
+class _Pass:
+    """Decides what an intercepted call does."""
+
+    depth = 0  # > 0 inside a computing region: calls from there belong to that region
+
+    def call(self, region: _Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def compute(self, region: _Region, args: tuple[Any, ...], kwargs: dict[str, Any], eager: bool = False) -> Any:
+        self.depth += not region.on_path
+        try:
+            return region.compute(args, kwargs, eager)
+        finally:
+            self.depth -= not region.on_path
+
+
+class _WatchPass(_Pass):
+    """Computes everything, uncompiled, and reports what each module returned."""
+
+    def __init__(self, report: Callable[[str, nn.Module, Any], None]):
+        self.report = report
+
+    def call(self, region: _Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = region.compute(args, kwargs, eager=True)
+        self.report(region.name, region.module, output)
+        return output
+
+
+class _RecordPass(_Pass):
+    def __init__(self, owner: Replay, start: RandomState, cut: bool):
+        self.owner = owner
+        self.start = start
+        self.cut = cut
+        self.calls: dict[_Region, list[_Call]] = {}
+        self.features: dict[str, Feature] = {}
+        self.cuts: dict[str, list[Tensor]] = {}
+        self.order: dict[str, int] = {}
+        self.count = 0
+        self.eager = owner._known is None  # a compiled region would trace into the intercepted calls inside it
+        self.copies: list[tuple[_Habit, list[Tensor], list[int]]] = []
+
+    def call(self, region: _Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if region.is_block:
+            self._check_block_call(region)
+        elif self.depth or len(self.order) == len(self.owner.blocks):
+            return region.compute(args, kwargs, self.eager)
+        output = self.compute(region, args, kwargs, self.eager)
+        if self.depth or len(self.order) == len(self.owner.blocks):
+            return output
+        calls = self.calls.setdefault(region, [])
+        key = (region.name, len(calls))
+        if region.is_block:
+            output, handed = self._keep_feature(region, output)
+            self.order[region.name] = self.count
+        else:
+            handed = output
+        if self.owner.needs_copy(key):
+            handed = _copy(handed)
+            tensors = _tensors(handed)
+            habit = self.owner._habits.setdefault(key, _Habit())
+            self.copies.append((habit, tensors, [tensor._version for tensor in tensors]))
+        versions = [tensor._version for tensor in _tensors(output)]
+        state = RandomState.capture(self.start.devices)
+        calls.append(_Call(key, self.count, output, versions, state))
+        self.count += 1
+        return handed
+
+    def _check_block_call(self, region: _Region) -> None:
+        if region.name in self.order:
+            raise BlockError(
+                f"block {region.name!r} runs several times per forward, so its output is not one feature; "
+                "choose a block that runs once, such as the one around it"
+            )
+        if self.depth:
+            raise BlockError(
+                f"block {region.name!r} is called by a module that does not contain it and cannot be replayed; "
+                "choose the block around it"
+            )
+        if not torch.is_grad_enabled():
+            raise BlockError(
+                f"block {region.name!r} runs without gradient tracking (reentrant checkpointing?); "
+                "use non-reentrant checkpointing"
+            )
+
+    def _keep_feature(self, region: _Region, output: Any) -> tuple[Any, Any]:
+        """The output to remember and the output to hand on, for a chosen block."""
+        leaves, spec = tree_flatten(output)
+        if not any(map(_is_floating, leaves)):
+            raise BlockError(
+                f"block {region.name!r} returns no floating-point tensor (but {type(output).__name__}); "
+                "choose a block that returns a feature map"
+            )
+        # A frozen prefix gives features without a gradient: they become leaves that have one.
+        kept = [
+            leaf.detach().requires_grad_() if _is_floating(leaf) and not leaf.requires_grad else leaf for leaf in leaves
+        ]
+        feature = Feature([leaf for leaf in kept if _is_floating(leaf)], kept, spec)
+        self.features[region.name] = feature
+        output = tree_unflatten(kept, spec)
+        if not self.cut:
+            return output, output
+        self.cuts[region.name] = [tensor.detach().requires_grad_() for tensor in feature.tensors]
+        return output, feature.rebuild(self.cuts[region.name])
+
+    def note_mutations(self) -> None:
+        for habit, tensors, versions in self.copies:
+            habit.mutated |= any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True))
+
+
+class _ReplayPass(_Pass):
+    def __init__(self, owner: Replay, recording: Recording, block: str, value: Any, detach: bool, watch: bool):
+        self.owner = owner
+        self.block = block
+        self.value = value
+        self.detach = detach
+        last = recording.order[block]
+        self.remembered = {
+            region: [call for call in calls if call.order <= last] for region, calls in recording.calls.items()
+        }
+        self.regions = [region for region, calls in self.remembered.items() if calls]
+        self.next_call = dict.fromkeys(self.regions, 0)
+        self.reached = False
+        self.watch = watch
+        self.reads: AbstractContextManager[Any] = _Reads() if watch else nullcontext()
+        self.handed: list[tuple[tuple[str, int], list[Tensor]]] = []
+
+    def call(self, region: _Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        index = self.next_call[region]
+        if self.reached or self.depth or index == len(self.remembered[region]):
+            return self.compute(region, args, kwargs, eager=self.watch)
+        if _inside_checkpoint():
+            raise BlockError(
+                f"block {self.block!r} cannot be replayed inside a checkpointed part of the model, whose recomputation "
+                "would not see the perturbation; turn checkpointing off or choose another block"
+            )
+        call = self.remembered[region][index]
+        self.next_call[region] += 1
+        call.state.restore()
+        if region.name == self.block:
+            self.reached = True
+            return self.value
+        return self._hand_out(call)
+
+    def _hand_out(self, call: _Call) -> Any:
+        if self.owner.needs_copy(call.key):
+            output = _copy(call.output)
+        else:
+            output = call.output
+            tensors = _tensors(output)
+            if self.owner._habits[call.key].read and [t._version for t in tensors] != call.versions:
+                raise RuntimeError(
+                    f"the output of {call.key[0]!r} was modified in place after it was remembered, which it was not in "
+                    "earlier steps; build a new AlfaWrapper after changing the model or its mode"
+                )
+        if self.detach:
+            output = tree_map_only(Tensor, Tensor.detach, output)
+        if self.watch:
+            self.handed.append((call.key, _tensors(output)))
+        return output
+
+    def note_reads(self) -> None:
+        assert isinstance(self.reads, _Reads)
+        for key, tensors in self.handed:
+            self.owner._habits[key].read |= any(id(tensor) in self.reads.seen for tensor in tensors)
+
+
+class _Reads(TorchFunctionMode):
+    """Remembers every tensor that an operation took while it was active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch_outputs(model: nn.Module, report: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+    """Report every submodule's name, itself and its output whenever one of them has finished."""
+    regions = [_Region(name, module, is_block=False, on_path=False) for name, module in model.named_modules() if name]
+    with _intercept(regions, _WatchPass(report)):
+        yield
+
+
+@contextmanager
+def _intercept(regions: Iterable[_Region], pass_: _Pass) -> Iterator[None]:
+    regions = list(regions)
+    try:
+        for region in regions:
+            region.pass_ = pass_
+            region.compiled = region.module.__dict__.get(_SLOT)
+            region.module.__dict__[_SLOT] = region
+        yield
+    finally:
+        for region in regions:
+            if region.module.__dict__.get(_SLOT) is region:
+                if region.compiled is None:
+                    del region.module.__dict__[_SLOT]
+                else:
+                    region.module.__dict__[_SLOT] = region.compiled
+            region.pass_ = region.compiled = None
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called (lists and dicts of modules cannot)."""
+    return getattr(type(module).forward, "__name__", "") != "_forward_unimplemented"
+
+
+def _candidates(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[_Region]:
+    """The blocks, and every submodule that can be called and has no block inside, in order of definition."""
+    chosen = {id(module): name for name, module in blocks.items()}
+    for name, module in model.named_modules():
+        on_path = any(id(child) in chosen for child in module.modules() if child is not module)
+        if module is not model and (id(module) in chosen or (has_forward(module) and not on_path)):
+            yield _Region(chosen.get(id(module), name), module, id(module) in chosen, on_path)
+
+
+def _last_of_sequence(model: nn.Module, block: nn.Module) -> nn.Module:
+    """With gradient checkpointing timm calls the children of a ``Sequential``, not itself: its output is the last's."""
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        while type(block).forward is nn.Sequential.forward and len(block._modules):
+            block = list(block.children())[-1]
+    return block
+
+
+def _contains(module: nn.Module, other: nn.Module) -> bool:
+    return any(child is other for child in module.modules())
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Replays keep what their tails compute: a recomputation in backward would not see the perturbation."""
+    enabled = [module for module in model.modules() if module.__dict__.get("grad_checkpointing")]
+    try:
+        for module in enabled:
+            module.__dict__["grad_checkpointing"] = False
+        yield
+    finally:
+        for module in enabled:
+            module.__dict__["grad_checkpointing"] = True
+
+
+def _inside_checkpoint() -> bool:
+    """Whether the code that runs now is inside ``torch.utils.checkpoint``, which installs hooks for saved tensors."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _copy(output: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, output)
+
+
+def random_devices(model: nn.Module, args: tuple[Any, ...]) -> tuple[torch.device, ...]:
+    """The accelerators that a forward may draw random numbers on."""
+    devices = {tensor.device for tensor in (*_tensors(args), *model.parameters()) if tensor.device.type != "cpu"}
+    return tuple(sorted(devices, key=str))

@@ -1,0 +1,294 @@
+"""AlfaWrapper: a model whose training forward also returns adversarially perturbed outputs (sections 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from . import attack
+from .attack import INITS, NORMS, Init, Norm
+from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
+from .blocks import blank_input, resolve_blocks
+from .errors import BlockError
+from .eta import ETA_SETS, Eta, EtaSet
+from .randomness import RandomState
+from .replay import Recording, Replay, random_devices
+from .trace import evaluating
+
+Gradient = Literal["full", "tail"]
+GRADIENTS: tuple[Gradient, ...] = ("full", "tail")
+
+# float16 gradients of a mean loss underflow; a positive factor leaves their direction alone. GradScaler starts with it.
+_FLOAT16_SCALE = 2.0**16
+
+
+@dataclass
+class AlfaOutput:
+    """What ``alfa(input, target)`` returns.
+
+    Args:
+        output: The model's output for the clean input.
+        adv_outputs: Block name -> the model's output with that block's feature perturbed; empty in evaluation mode.
+        deltas: Block name -> delta before eta scales it, detached, in the structure of the block's output.
+        eta: [r], one strength per block: ones, or the learned values of L-ALFA.
+    """
+
+    output: Any
+    adv_outputs: dict[str, Any]
+    deltas: dict[str, Any]
+    eta: Tensor
+
+
+class AlfaWrapper(nn.Module):
+    """Adds ALFA to a model: ``alfa(input)`` is ``model(input)``, ``alfa(input, target)`` also perturbs features.
+
+    The model itself is not changed; its ``state_dict`` is what to save. Wrap the ``AlfaWrapper`` in
+    ``DistributedDataParallel`` rather than the model, and compile with :meth:`compile`.
+
+    Example::
+
+        alfa = AlfaWrapper(model, criterion, blocks=["layer4"])
+        loss_fn = AlfaLoss(criterion)
+        result = loss_fn(alfa(images, target), target)  # images [B, C, H, W], target [B]
+        result.loss.backward()
+
+    Args:
+        model: Any timm model, any module. Whether it trains is its own ``training`` flag.
+        criterion: (output, target) -> scalar, the loss that the perturbation raises.
+        blocks: Whose outputs to perturb, see :func:`~timm_alfa.resolve_blocks`. Each gets its own tail pass.
+        alpha: Step size of the attack, in units of the feature, above 0 (Eq. 4).
+        steps: K, how many steps, at least 1.
+        eps: Radius of the ball that delta stays in, at least 0, or ``None`` for no bound (the paper's choice).
+        norm: ``"linf"`` steps along sgn(g), ``"l2"`` along g / ||g||_2 per sample; also the norm of the ball.
+        init: delta starts at 0 (``"zero"``; the first step then takes its gradient from the clean pass), or uniform
+            in [-eps, eps] (``"uniform"``).
+        grad: ``"full"``: the adversarial terms also train what comes before the block (Eq. 3). ``"tail"``: the feature
+            is detached, as in the released code; what reaches the loss around the block stays connected.
+        bn: ``"clean"``: running statistics move with the clean pass only. ``"shared"``: with every pass.
+        learnable: L-ALFA: eta is learned (Eq. 5). Otherwise eta is 1.
+        eta_set: P, the set onto which eta is projected: ``"hyperplane"`` or ``"simplex"``.
+
+    Raises:
+        ValueError: An argument is out of its range. TypeError: The criterion cannot be called.
+        BlockError: A block does not resolve; in the first step, one that cannot be perturbed.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            criterion: Callable[[Any, Any], Tensor],
+            blocks: str | Sequence[str],
+            *,
+            alpha: float = 0.5 / 255,
+            steps: int = 1,
+            eps: float | None = None,
+            norm: Norm = "linf",
+            init: Init = "zero",
+            grad: Gradient = "full",
+            bn: BatchNormMode = "clean",
+            learnable: bool = False,
+            eta_set: EtaSet = "hyperplane",
+    ):
+        super().__init__()
+        _check_model(model)
+        if not callable(criterion):
+            raise TypeError(f"criterion: expected something to call with (output, target), found {criterion!r}")
+        _check_attack(alpha, steps, eps, init)
+        for name, value, choices in (
+            ("norm", norm, NORMS), ("init", init, INITS), ("grad", grad, GRADIENTS), ("bn", bn, BATCH_NORM_MODES),
+            ("eta_set", eta_set, ETA_SETS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+        modules = resolve_blocks(model, blocks)
+        self.module = model
+        self.criterion = criterion
+        self.blocks = list(modules)
+        self.alpha = float(alpha)
+        self.steps = steps
+        self.eps = eps
+        self.norm: Norm = norm
+        self.init: Init = init
+        self.grad: Gradient = grad
+        self.bn: BatchNormMode = bn
+        self.eta = Eta(self.blocks, learnable=learnable, eta_set=eta_set)
+        self.passes = 0  # how many training steps were made: random starts are drawn anew in each
+        self._replay: Replay | None = Replay(model, modules)
+        self._statistics = Statistics(model)
+
+    def forward(self, input: Any, target: Any = None) -> Any:
+        """The model's output, or with a target an :class:`AlfaOutput`.
+
+        Args:
+            input: What the model takes, [B, ...].
+            target: What the criterion takes. In evaluation mode, and without gradients, nothing is perturbed.
+        """
+        if target is None:
+            return self.module(input)
+        if not (self.module.training and torch.is_grad_enabled()):
+            return AlfaOutput(self.module(input), {}, {}, self.eta.values)
+        recording = self.record(input)
+        with self.adversarial_pass(recording):
+            gradients = self.clean_gradients(recording, target)
+            deltas = {name: self.find_delta(recording, name, target, gradients.get(name)) for name in self.blocks}
+            adv_outputs = {name: self.adversarial_output(recording, name, deltas[name]) for name in self.blocks}
+        shaped = {name: recording.features[name].rebuild(delta) for name, delta in deltas.items()}
+        return AlfaOutput(recording.output, adv_outputs, shaped, self.eta.values)
+
+    def check_blocks(self, input_size: tuple[int, ...]) -> None:
+        """Try the blocks out on two blank inputs, before training starts; nothing of the model moves.
+
+        Args:
+            input_size: Shape of one input, [C, H, W].
+
+        Raises:
+            BlockError: A block that runs several times per forward, not at all, or that cannot be perturbed.
+        """
+        trace_blocks = Replay(self.module, resolve_blocks(self.module, self.blocks))
+        start = RandomState.capture(random_devices(self.module, ()))
+        with start.left_as_is(), evaluating(self.module), torch.enable_grad():
+            recording = trace_blocks.record((blank_input(self.module, input_size, batch_size=2),))
+            for name, feature in recording.features.items():
+                trace_blocks.replay(recording, name, feature.rebuild(feature.tensors))
+
+    # The steps of a training forward, for those who arrange them differently.
+
+    def record(self, input: Any, *, cut: bool = False) -> Recording:
+        """The clean pass; see :meth:`Replay.record`."""
+        replay = self._active_replay()
+        with self._statistics.observed():
+            recording = replay.record((input,), cut=cut)
+        self.eta.to(next(iter(recording.features.values())).tensors[0].device)
+        self.passes += 1
+        return recording
+
+    @contextmanager
+    def adversarial_pass(self, recording: Recording) -> Iterator[None]:
+        """Around attacks and adversarial outputs: keeps the random state, and the statistics if ``bn`` says so."""
+        with recording.end.left_as_is(), self._statistics.kept() if self.bn == "clean" else nullcontext():
+            yield
+
+    def clean_gradients(self, recording: Recording, target: Any) -> dict[str, list[Tensor]]:
+        """d crit(model(x), y) / d f_i for every block at once: the gradient of the first step, as delta starts at 0."""
+        if self.init != "zero":
+            return {}
+        tensors = [tensor for feature in recording.features.values() for tensor in feature.tensors]
+        gradients = iter(self._gradient(recording.output, target, tensors, retain_graph=True))
+        return {
+            name: [_reaching(name, next(gradients)) for _ in feature.tensors]
+            for name, feature in recording.features.items()
+        }
+
+    def find_delta(
+            self,
+            recording: Recording,
+            name: str,
+            target: Any,
+            first_gradient: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The perturbation of one block after K steps of Eq. 4.
+
+        Args:
+            recording: Of the clean pass.
+            name: The block.
+            target: What the criterion takes.
+            first_gradient: The gradient at delta = 0, if it is known; else every step is a tail replay.
+
+        Returns:
+            One tensor per floating-point tensor of the feature, detached, at least float32.
+        """
+        feature = recording.features[name]
+
+        def gradient_at(delta: list[Tensor]) -> list[Tensor]:
+            leaves = [part.detach().requires_grad_() for part in delta]
+            value = feature.rebuild(_add([tensor.detach() for tensor in feature.tensors], leaves))
+            output = self._active_replay().replay(recording, name, value, detach=True)
+            return [_reaching(name, gradient) for gradient in self._gradient(output, target, leaves)]
+
+        if first_gradient is not None:
+            delta = attack.ascend(None, first_gradient, alpha=self.alpha, norm=self.norm, eps=self.eps)
+        elif self.init == "uniform":
+            assert self.eps is not None
+            generator = torch.Generator(feature.tensors[0].device)
+            generator.manual_seed((torch.initial_seed() + 1_000_003 * self.passes) % 2**63)
+            delta = attack.uniform(feature.tensors, self.eps, generator)
+        else:
+            delta = attack.zeros(feature.tensors)
+        steps = self.steps - (first_gradient is not None)
+        return attack.perturb(gradient_at, delta, steps=steps, alpha=self.alpha, norm=self.norm, eps=self.eps)
+
+    def adversarial_output(self, recording: Recording, name: str, delta: Sequence[Tensor]) -> Any:
+        """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i."""
+        feature = recording.features[name]
+        tensors = feature.tensors if self.grad == "full" else [tensor.detach() for tensor in feature.tensors]
+        if self.eta.learnable:
+            strength = self.eta.values[self.blocks.index(name)]
+            delta = [strength.to(part.dtype) * part for part in delta]
+        return self._active_replay().replay(recording, name, feature.rebuild(_add(tensors, delta)))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model's parts between and after the blocks; arguments are those of ``torch.compile``."""
+        self._active_replay().compile(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Take everything off the model. Afterwards only ``alfa(input)`` works. May be called again."""
+        self._replay = None
+
+    def _active_replay(self) -> Replay:
+        if self._replay is None:
+            raise RuntimeError("this AlfaWrapper was removed from its model; build a new one")
+        return self._replay
+
+    def _gradient(
+            self,
+            output: Any,
+            target: Any,
+            inputs: Sequence[Tensor],
+            retain_graph: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        loss = self.criterion(output, target)
+        if any(tensor.dtype == torch.float16 for tensor in tree_leaves(output) if isinstance(tensor, Tensor)):
+            loss = loss.float() * _FLOAT16_SCALE
+        with torch.autocast(loss.device.type, enabled=False):
+            return torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
+
+
+def _add(features: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
+    """f + delta in the precision of delta. Under autocast it stays there, where rounding to bfloat16 would lose it."""
+    sums = [feature + part for feature, part in zip(features, delta, strict=True)]
+    if torch.is_autocast_enabled(sums[0].device.type):
+        return sums
+    return [total.to(feature.dtype) for total, feature in zip(sums, features, strict=True)]
+
+
+def _reaching(name: str, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        raise BlockError(f"block {name!r} has no influence on the loss; choose one that the output depends on")
+    return gradient
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model: wrap the AlfaWrapper in DistributedDataParallel, not the model inside it")
+    if isinstance(model, OptimizedModule) or model._compiled_call_impl is not None:
+        raise ValueError("model: pass the model as it was before torch.compile, then call AlfaWrapper.compile()")
+
+
+def _check_attack(alpha: float, steps: int, eps: float | None, init: str) -> None:
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha: expected a finite step size above 0, such as 0.5/255, found {alpha}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected a whole number of at least 1, found {steps}")
+    if eps is not None and not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: expected a finite radius of at least 0, or None for no bound, found {eps}")
+    if init == "uniform" and eps is None:
+        raise ValueError("init: 'uniform' starts in [-eps, eps] and needs eps, found eps=None")
