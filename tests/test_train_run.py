@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import sys
 from argparse import Namespace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import timm
@@ -199,6 +202,45 @@ def test_a_run_that_cannot_start_says_so_in_one_line_and_writes_nothing(
     assert error.count("\n") == 1
     assert expected in error
     assert _contents(tmp_path / "out") == before
+
+
+def test_metrics_go_to_wandb(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wandb = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    main(_arguments(images, tmp_path, "--epochs 1 --log-wandb --wandb-project p --wandb-tags a b"))
+    settings = wandb.init.call_args.kwargs
+    assert settings["project"] == "p"
+    assert settings["tags"] == ["a", "b"]
+    assert settings["name"] == "run"
+    assert settings["resume"] is None
+    assert settings["config"]["epochs"] == 1
+    logged = wandb.init.return_value.log.call_args.args[0]
+    assert {name: str(value) for name, value in logged.items()} == _rows(tmp_path / "run")[0]
+    wandb.init.return_value.finish.assert_called_once()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(
+        images: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+):
+    main(_arguments(images, tmp_path, "--epochs 2 --stop-epoch 1"))
+    before = _checkpoint(tmp_path / "run" / "last.pth.tar")
+
+    def fail(state: object, file: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(_arguments(images, tmp_path, "--epochs 2 --resume auto"))
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train_alfa.py: error: cannot write checkpoint")
+    assert error.count("\n") == 1
+    after = _checkpoint(tmp_path / "run" / "last.pth.tar")
+    assert after["epoch"] == before["epoch"]
 
 
 def test_on_a_terminal_a_bar_replaces_the_lines_between_the_last_ones(

@@ -124,7 +124,9 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
         verbose=utils.is_primary(args),
         input_size=tuple(data_config["input_size"]),
     )
-    optimizer = create_optimizer(args, task.get_trainable_module())
+    module = task.get_trainable_module()
+    assert module is not None  # a classification task has one
+    optimizer = create_optimizer(args, module)
     resume_epoch = 0
     if checkpoint is not None:
         resume_epoch = restore_training(args, resume_path, checkpoint, task, optimizer, precision.scaler)
@@ -132,7 +134,7 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
         task.setup_ema(
             decay=args.model_ema_decay,
             use_warmup=args.model_ema_warmup,
-            device="cpu" if args.model_ema_force_cpu else None,
+            device=torch.device("cpu") if args.model_ema_force_cpu else None,
         )
         if checkpoint is not None:
             restore_ema(resume_path, checkpoint, task)
@@ -194,5 +196,7 @@ def _compile_and_distribute(args: argparse.Namespace, task: ClassificationTask, 
     assert eval_model is not None  # a classification task has one
     if args.distributed:
         device_ids = None if device.type == "cpu" else [device]
-        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+        # True is the default, and newer versions of torch warn about the argument
+        buffers = {"broadcast_buffers": False} if args.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=device_ids, **buffers)
     return eval_model

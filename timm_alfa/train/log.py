@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -27,6 +28,8 @@ def setup_logging(*, primary: bool) -> None:
 
     A program that has set up logging of its own keeps it.
     """
+    # 4 workers are timm's default, on small machines too
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     if not logging.root.handlers:
         logging.root.addHandler(_TerminalHandler())
         logging.root.setLevel(logging.INFO if primary else logging.WARNING)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(error, code=1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has seen enough; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -100,6 +104,9 @@ def train(args: argparse.Namespace) -> None:
 def _train_and_export(plan: Plan, config: dict[str, Any]) -> None:
     run, args = plan.run, plan.run.args
     log = None
+    late = [count for count in args.save_epochs if count > plan.num_epochs]
+    if late:
+        _logger.warning(f"--save-epochs {late}: never reached, the schedule has {plan.num_epochs} epochs")
     if utils.is_primary(args):
         run.folder = open_output(args, config, side=plan.data_config["input_size"][-1], resume_path=plan.resume_path)
         run.saver = _create_saver(plan, run.folder)
