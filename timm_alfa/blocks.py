@@ -101,7 +101,7 @@ def format_blocks(infos: Sequence[BlockInfo], marked: Sequence[str] = ()) -> str
     rows += [
         (("> " if info.name in marked else "") + info.name + (" *" if info.is_stage else ""), info.type,
          "x".join(map(str, info.shape)) if info.shape and isinstance(info.shape[0], int) else str(info.shape),
-         f"{100 * info.tail_share:.2f}%")
+         _percent(info.tail_share))
         for info in infos
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -109,6 +109,10 @@ def format_blocks(infos: Sequence[BlockInfo], marked: Sequence[str] = ()) -> str
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3].rjust(10)])
         for row in rows
     )
+
+
+def _percent(share: float) -> str:
+    return "<0.01%" if 0 < share < 1e-4 else f"{100 * share:.2f}%"
 
 
 def blank_input(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_size: int = 1) -> torch.Tensor:

@@ -93,7 +93,6 @@ def train(args: argparse.Namespace) -> None:
             device=run.device,
             amp_autocast=run.precision.autocast,
             optimizer=run.optimizer,
-            input_size=plan.data_config["input_size"],
         )
     elif plan.start_epoch < plan.stop_epoch:
         _train_and_export(plan, config)
