@@ -19,6 +19,7 @@ from timm_alfa.train.data import (
     create_loaders,
     default_class_count,
 )
+from timm_alfa.train.random_state import gather_random_states, restore_random_state
 
 CONFIG = {
     "input_size": (3, 16, 16),
@@ -132,6 +133,25 @@ def test_workers_restart_unless_the_multi_epochs_loader_is_asked_for(folder):
         args = parse("--data-dir", folder, *flags, workers=1)
         for loader in loaders_of(args, create_datasets(args, CONFIG)):
             assert loader.loader.persistent_workers is persistent
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # python 3.12 on the loader's workers
+def test_a_restart_between_epochs_changes_nothing_that_workers_draw(folder):
+    args = parse("--data-dir", folder, "--aa", "rand-m9-mstd0.5", workers=1)
+
+    def epochs(loaders, count):
+        return [batch for _ in range(count) for loader in loaders for batch in loader]
+
+    def new_loaders():
+        return loaders_of(args, create_datasets(args, CONFIG))
+
+    torch.manual_seed(0)
+    loaders = new_loaders()
+    epochs(loaders, 1)
+    checkpoint = {"random_states": gather_random_states()}
+    expected = epochs(loaders, 2)
+    assert restore_random_state(checkpoint, 0)
+    torch.testing.assert_close(epochs(new_loaders(), 2), expected, rtol=0, atol=0)
 
 
 def test_scheduled_sizes(folder):
