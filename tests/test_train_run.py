@@ -262,6 +262,30 @@ def test_blocks_are_listed_without_data(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out
 
 
+@pytest.mark.parametrize("extra", ["", "--alfa-blocks layer4 --no-prefetcher --mixup 0.2"])
+def test_a_dry_run_writes_nothing(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: str):
+    main(_arguments(images, tmp_path / "out", f"--alfa-dry-run {extra}"))
+    assert capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_alfa_is_logged_recorded_and_leaves_a_plain_model(
+        images: Path,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+):
+    with caplog.at_level(logging.INFO):
+        main(_arguments(images, tmp_path, "--epochs 1 --alfa-blocks layer3 @last --alfa-steps 2 --model-ema"))
+    assert "192x2x2" in caplog.text  # layer3's output at the size that is trained at
+    assert "Adv:" in caplog.text
+    row = _rows(tmp_path / "run")[0]
+    assert float(row["train_loss"]) == pytest.approx(
+        sum(float(row[f"train_loss_{part}"]) for part in ("clean", "adv_layer3", "adv_layer4")))
+    model = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(tmp_path / "run/model.safetensors"))
+    average = _checkpoint(tmp_path / "run" / "model_best.pth.tar")["state_dict_ema"]
+    assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
+
+
 def test_the_saved_configuration_holds_what_was_asked_for(images: Path, tmp_path: Path):
     main(_arguments(images, tmp_path, "--epochs 1 --lr-base 0.05 --seed 3"))
     saved = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())

@@ -150,7 +150,7 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
         decreasing_metric=eval_metric == "loss",
     )
     if isinstance(task, ReportingTask):
-        for line in task.summary_lines():
+        for line in task.summary_lines(tuple(data_config["input_size"])):
             _logger.info(line)
     if checkpoint is not None and not restore_random_state(checkpoint, args.rank):
         _logger.warning(

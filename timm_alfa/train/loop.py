@@ -32,7 +32,7 @@ class ReportingTask(Protocol):
 
     def epoch_metrics(self) -> dict[str, float]: ...
 
-    def summary_lines(self) -> list[str]: ...
+    def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]: ...
 
 
 @dataclass
@@ -103,7 +103,7 @@ def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
             update = last or (index + 1) % accumulated == 0
             if index >= batches - remainder:
                 accumulated = remainder  # timm's next `update` goes by it too, and so does this one, for equal weights
-            images, target = _prepare_batch(run, images, target)
+            images, target = prepare_batch(run, images, target)
             data_time.update(accumulated * (time.time() - data_start))
 
             loss = _step(run, images, target, accumulated=accumulated, update=update)
@@ -159,7 +159,8 @@ def _switch_mixup_off(run: Training, epoch: int) -> None:
             run.mixup.mixup_enabled = False
 
 
-def _prepare_batch(run: Training, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def prepare_batch(run: Training, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a batch of the loader as the task takes it: on its device, mixed, in its memory layout."""
     if not run.args.prefetcher:
         images = images.to(device=run.device, dtype=run.precision.model_dtype)
         target = target.to(device=run.device)

@@ -17,6 +17,7 @@ import torch
 from timm import utils
 from timm.utils.distributed import world_info_from_env
 
+from ..dryrun import dry_run
 from ..errors import UsageError
 from ..export import export_checkpoint
 from .args import parse_args
@@ -24,7 +25,7 @@ from .assemble import Plan, assemble, check_inputs, list_blocks
 from .checkpoint import CheckpointError, TrainCheckpointSaver, gather_random_states
 from .evaluate import validate
 from .log import setup_logging
-from .loop import train_one_epoch
+from .loop import prepare_batch, train_one_epoch
 from .output import MetricLog, open_output, snapshot
 
 _logger = logging.getLogger(__name__)
@@ -83,17 +84,10 @@ def train(args: argparse.Namespace) -> None:
     plan = assemble(args, resume_path, checkpoint)
     del checkpoint
     if args.alfa_dry_run:
-        from ..dryrun import dry_run
-
         run = plan.run
+        batches = (prepare_batch(run, images, target) for images, target in run.loader)
         dry_run(
-            args,
-            run.task,
-            run.loader,
-            device=run.device,
-            amp_autocast=run.precision.autocast,
-            optimizer=run.optimizer,
-        )
+            args, run.task, batches, device=run.device, amp_autocast=run.precision.autocast, optimizer=run.optimizer)
     elif plan.start_epoch < plan.stop_epoch:
         _train_and_export(plan, config)
     else:
