@@ -38,6 +38,14 @@ def test_every_flag_of_timm_is_there_with_its_default_type_and_choices():
         assert tuple(mine.choices or ()) == tuple(action.choices or ()), action.dest
 
 
+@pytest.mark.skipif("TIMM_TRAIN_PY" not in os.environ, reason="TIMM_TRAIN_PY names no copy of timm's train.py")
+def test_a_configuration_that_timm_saved_is_read_without_complaint(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    saved = vars(_load_oracle(os.environ["TIMM_TRAIN_PY"]).parser.parse_args(["--lr", "0.3", "--model-ema"]))
+    args = parse_args(["--config", _write(tmp_path, yaml.safe_dump(saved))])
+    assert {name: getattr(args, name) for name in saved} == saved
+    assert not caplog.records
+
+
 def test_each_flag_that_is_not_refused_has_a_help_sentence():
     for action in build_parser()._actions:
         assert action.help, action.dest
@@ -53,6 +61,7 @@ def test_each_flag_that_is_not_refused_has_a_help_sentence():
         (["--epochs", "0"], "--epochs 0"),
         (["--lr", "nan"], "--lr nan"),
         (["--opt-betas", "0.9", "inf"], "--opt-betas inf"),
+        (["--seed", "4294967296"], "--seed 4294967296"),
         (["--hflip", "1.5"], "--hflip 1.5"),
         (["--amp-dtype", "float8"], "float16, bfloat16"),
         (["--eval-metric", "map"], "top1, top5, loss"),

@@ -286,6 +286,15 @@ def test_alfa_is_logged_recorded_and_leaves_a_plain_model(
     assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
 
 
+def test_alfa_of_weight_zero_is_plain_training(images: Path, tmp_path: Path):
+    flags = "--epochs 2 --drop 0.1 --drop-path 0.1 --mixup 0.2 --aa rand-m9 --model-ema --model-ema-decay 0.9"
+    main(_arguments(images, tmp_path / "plain", flags))
+    main(_arguments(images, tmp_path / "alfa", f"{flags} --alfa-blocks layer3 --alfa-steps 2 --alfa-lambda 0"))
+    plain, alfa = (_checkpoint(tmp_path / name / "run" / "last.pth.tar") for name in ("plain", "alfa"))
+    for key in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(tensor, alfa[key][name]) for name, tensor in plain[key].items())
+
+
 def test_the_saved_configuration_holds_what_was_asked_for(images: Path, tmp_path: Path):
     main(_arguments(images, tmp_path, "--epochs 1 --lr-base 0.05 --seed 3"))
     saved = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())

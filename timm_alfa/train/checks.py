@@ -62,6 +62,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
+    if args.seed >= 2**32:
+        raise UsageError(f"--seed {args.seed}: must be below {2**32}, numpy takes no larger one")
     if args.amp and args.model_dtype not in (None, "", "float32"):
         raise UsageError(f"--model-dtype {args.model_dtype}: --amp needs float32 weights; leave one of the two out")
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
