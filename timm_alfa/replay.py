@@ -263,7 +263,7 @@ class _RecordPass(_Pass):
         self.order: dict[str, int] = {}
         self.count = 0
         self.eager = owner._known is None  # a compiled region would trace into the intercepted calls inside it
-        self.copies: list[tuple[_Habit, list[Tensor], list[int]]] = []
+        self.copies: list[tuple[_Habit, list[Tensor], list[Tensor], list[int]]] = []
 
     def call(self, region: _Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if region.is_block:
@@ -284,7 +284,7 @@ class _RecordPass(_Pass):
             handed = _copy(handed)
             tensors = _tensors(handed)
             habit = self.owner._habits.setdefault(key, _Habit())
-            self.copies.append((habit, tensors, [tensor._version for tensor in tensors]))
+            self.copies.append((habit, _tensors(output), tensors, [tensor._version for tensor in tensors]))
         versions = [tensor._version for tensor in _tensors(output)]
         state = RandomState.capture(self.start.devices)
         calls.append(_Call(key, self.count, output, versions, state))
@@ -329,8 +329,13 @@ class _RecordPass(_Pass):
         return output, feature.rebuild(self.cuts[region.name])
 
     def note_mutations(self) -> None:
-        for habit, tensors, versions in self.copies:
-            habit.mutated |= any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True))
+        written: set[int] = set()
+        for habit, returned, handed, versions in reversed(self.copies):
+            moved = any(tensor._version != version for tensor, version in zip(handed, versions, strict=True))
+            if moved or not written.isdisjoint(_memory(handed)):
+                habit.mutated = True
+                # What a module was given and returned as it is (nn.Identity) would have been written to without copies.
+                written |= _memory(returned)
 
 
 class _ReplayPass(_Pass):
@@ -386,6 +391,7 @@ class _ReplayPass(_Pass):
 
     def note_reads(self) -> None:
         assert isinstance(self.reads, _Reads)
+        self.owner._habits[self.block, 0].read = True
         for key, tensors in self.handed:
             self.owner._habits[key].read |= any(id(tensor) in self.reads.seen for tensor in tensors)
 
@@ -480,6 +486,10 @@ def _is_floating(leaf: Any) -> bool:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
 
 
 def _copy(output: Any) -> Any:
