@@ -1,0 +1,144 @@
+"""ALFA by the book: one full forward per attack step and per term, a forward hook that adds the perturbation, and
+``autograd.grad``. Slow, and nothing about it is clever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+@dataclass
+class PlainResult:
+    """Everything a step yields; ``deltas`` are lists because a block may return several tensors."""
+
+    loss: Tensor
+    clean: Tensor
+    output: Any
+    adversarial: dict[str, Tensor]
+    deltas: dict[str, list[Tensor]]
+    gradients: dict[str, Tensor]
+
+
+def plain_alfa(
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor],
+        input: Any,
+        target: Any,
+        blocks: Sequence[str],
+        *,
+        alpha: float,
+        steps: int,
+        eps: float | None = None,
+        norm: str = "linf",
+        start: Mapping[str, Sequence[Tensor]] | None = None,
+        grad: str = "full",
+        lam: float = 1.0,
+        reduction: str = "sum",
+        strengths: Mapping[str, float] | None = None,
+) -> PlainResult:
+    """One training step's loss, perturbations and gradients (``Parameter.grad`` is not used).
+
+    Every pass starts from the random state of the clean one; buffers move with the clean pass only.
+    """
+    state = torch.get_rng_state()
+    output = model(input)
+    end = torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    clean = criterion(output, target)
+
+    deltas, adversarial = {}, {}
+    for block in blocks:
+        delta = list(start[block]) if start else [torch.zeros_like(part) for part in feature_of(model, input, block)]
+        for _ in range(steps):
+            leaves = [part.detach().requires_grad_() for part in delta]
+            torch.set_rng_state(state)
+            loss = criterion(forward_with(model, input, block, leaves, detach=True), target)
+            gradients = torch.autograd.grad(loss, leaves)
+            delta = [part + alpha * way for part, way in zip(delta, direction(gradients, norm), strict=True)]
+            if eps is not None:
+                delta = into_ball(delta, eps, norm)
+        deltas[block] = delta
+        strength = strengths[block] if strengths else 1.0
+        torch.set_rng_state(state)
+        perturbed = forward_with(model, input, block, [strength * part for part in delta], detach=grad == "tail")
+        adversarial[block] = criterion(perturbed, target)
+
+    if reduction == "sum":
+        loss = clean + lam * sum(adversarial.values())
+    else:
+        loss = (clean + lam * sum(adversarial.values()) / len(adversarial)) / (1 + lam)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    torch.set_rng_state(end)
+    return PlainResult(loss, clean, output, adversarial, deltas, dict(zip(named, found, strict=True)))
+
+
+def forward_with(model: nn.Module, input: Any, block: str, delta: Sequence[Tensor], *, detach: bool) -> Any:
+    """A full forward in which ``block`` returns its output plus ``delta``."""
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        leaves, spec = tree_flatten(output)
+        remaining = iter(delta)
+        return tree_unflatten(
+            [(leaf.detach() if detach else leaf) + next(remaining) if is_feature(leaf) else leaf for leaf in leaves],
+            spec,
+        )
+
+    handle = model.get_submodule(block).register_forward_hook(add)
+    try:
+        return model(input)
+    finally:
+        handle.remove()
+
+
+def feature_of(model: nn.Module, input: Any, block: str) -> list[Tensor]:
+    """Copies of the floating-point tensors that ``block`` returns."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.extend(leaf.detach().clone() for leaf in tree_flatten(output)[0] if is_feature(leaf))
+
+    handle = model.get_submodule(block).register_forward_hook(keep)
+    try:
+        model(input)
+    finally:
+        handle.remove()
+    return found
+
+
+def is_feature(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def direction(gradients: Sequence[Tensor], norm: str) -> list[Tensor]:
+    """sgn(g), or g over its l2 norm, sample by sample over all tensors."""
+    if norm == "linf":
+        return [gradient.sign() for gradient in gradients]
+    results = [torch.zeros_like(gradient) for gradient in gradients]
+    for sample in range(len(gradients[0])):
+        length = sum(float(gradient[sample].square().sum()) for gradient in gradients) ** 0.5
+        for result, gradient in zip(results, gradients, strict=True):
+            result[sample] = gradient[sample] / length
+    return results
+
+
+def into_ball(delta: Sequence[Tensor], eps: float, norm: str) -> list[Tensor]:
+    """The nearest point of the ball of radius ``eps``."""
+    if norm == "linf":
+        return [torch.clamp(part, -eps, eps) for part in delta]
+    results = [part.clone() for part in delta]
+    for sample in range(len(delta[0])):
+        length = sum(float(part[sample].square().sum()) for part in delta) ** 0.5
+        for result in results:
+            if length > eps:
+                result[sample] *= eps / length
+    return results

@@ -1,0 +1,241 @@
+"""Loss, perturbations and every parameter's gradient against the plain implementation, in float64.
+
+A gradient's error is measured against its own norm, or a millionth of the whole gradient's where it is smaller than
+that: the bias before a batch norm has a gradient of exactly zero and nothing to be relative to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference.plain_alfa import PlainResult, feature_of, plain_alfa
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from toys import FAMILIES, InPlace, Nested, Shared, UNet, batch, family
+
+from timm_alfa import AlfaLoss, AlfaWrapper, attack
+
+TOLERANCE = 1e-9
+ALPHA = 1.0 / 255
+
+
+def _relative(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).norm()) / max(float(expected.norm()), floor, 1e-300)
+
+
+def _assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    floor = 1e-6 * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
+    assert floor > 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+            continue
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert _relative(found, expected[name], floor) < TOLERANCE, name
+
+
+def _assert_deltas(found: dict[str, Any], expected: dict[str, list[Tensor]], blocks: list[str]) -> None:
+    assert list(found) == blocks
+    for block in blocks:
+        tensors = [leaf for leaf in tree_leaves(found[block]) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        assert len(tensors) == len(expected[block])
+        for one, other in zip(tensors, expected[block], strict=True):
+            assert not one.requires_grad
+            assert float(other.norm()) > 0
+            assert _relative(one, other) < TOLERANCE, block
+
+
+def check(
+        model: nn.Module,
+        images: Tensor,
+        target: Tensor,
+        blocks: list[str],
+        *,
+        criterion: Any = F.cross_entropy,
+        rounds: int = 1,
+        lam: float = 1.0,
+        reduction: Any = "sum",
+        start: dict[str, list[Tensor]] | None = None,
+        **options: Any,
+) -> PlainResult:
+    """Compare ``rounds`` steps: the first one looks for what is written in place, the second one relies on it."""
+    options = {"alpha": ALPHA, "steps": 1, **options}
+    alfa = AlfaWrapper(model, criterion, blocks, **options)
+    loss_fn = AlfaLoss(criterion, lam=lam, reduction=reduction)
+    plain_options = {key: value for key, value in options.items() if key != "init"}
+    for turn in range(rounds):
+        state = torch.get_rng_state()
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        expected = plain_alfa(
+            model, criterion, images, target, blocks, lam=lam, reduction=reduction, start=start, **plain_options
+        )
+        end = torch.get_rng_state()
+        after = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.load_state_dict(before, strict=False)
+
+        torch.set_rng_state(state)
+        model.zero_grad()
+        output = alfa(images, target)
+        result = loss_fn(output, target)
+        result.loss.backward()
+
+        assert _relative(result.loss, expected.loss) < TOLERANCE
+        assert _relative(result.clean, expected.clean) < TOLERANCE
+        assert list(result.adversarial) == list(output.adv_outputs) == blocks
+        for block in blocks:
+            assert _relative(result.adversarial[block], expected.adversarial[block]) < TOLERANCE
+        _assert_deltas(output.deltas, expected.deltas, blocks)
+        _assert_gradients(model, expected.gradients)
+        assert torch.equal(torch.get_rng_state(), end), f"round {turn}: random numbers went missing"
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, after[name]), name
+    return expected
+
+
+@pytest.mark.parametrize("grad", ["full", "tail"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, count: int, steps: int, grad: str) -> None:
+    model, images, target = family(name)
+    expected = check(model, images, target, [*FAMILIES[name][3:]][:count], steps=steps, grad=grad, rounds=2)
+    # The adversarial loss has to differ from the clean one by more than the tolerance, or nothing was compared.
+    for loss in expected.adversarial.values():
+        assert (loss - expected.clean).item() > 1e-4
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [None, 1.5 / 255])
+def test_norms_and_bounds(norm: str, eps: float | None) -> None:
+    model, images, target = family("resnet")
+    expected = check(model, images, target, ["layer3", "layer4"], steps=3, norm=norm, eps=eps)
+    if eps is not None:  # three steps of 1/255 leave the ball, so that the bound is at work
+        flat = torch.cat([part.flatten(1) for part in expected.deltas["layer4"]], 1)
+        reached = flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
+        torch.testing.assert_close(reached, torch.full_like(reached, 1.5 / 255))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_uniform_start(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, target = family("resnet")
+    eps, blocks = 2 / 255, ["layer4", "layer3"]
+    state = torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    start = {
+        block: attack.uniform(feature_of(model, images, block), eps, torch.Generator().manual_seed(5))
+        for block in blocks
+    }
+    model.load_state_dict(buffers, strict=False)
+    torch.set_rng_state(state)
+    shapes = {parts[0].shape: parts for parts in start.values()}
+    monkeypatch.setattr(attack, "uniform", lambda features, eps, generator: list(shapes[features[0].shape]))
+    check(model, images, target, blocks, steps=2, norm=norm, eps=eps, init="uniform", start=start)
+
+
+@pytest.mark.parametrize(("lam", "reduction"), [(0.4, "sum"), (1.0, "mean"), (2.5, "mean")])
+def test_weights_of_the_terms(lam: float, reduction: str) -> None:
+    model, images, target = family("vit")
+    check(model, images, target, ["blocks.1", "blocks.2"], lam=lam, reduction=reduction)
+
+
+@pytest.mark.parametrize("grad", ["full", "tail"])
+@pytest.mark.parametrize(
+    "block", ["layer2.0.bn2", "layer1.0.bn1", "layer1.0.conv1", "layer2.0.downsample", "layer2.0.act1", "bn1"]
+)
+def test_blocks_inside_residual_blocks(block: str, grad: str) -> None:
+    model, images, target = family("resnet")
+    check(model, images, target, [block], steps=3, grad=grad, rounds=3)
+
+
+def test_several_blocks_inside_residual_blocks() -> None:
+    model, images, target = family("resnet")
+    check(model, images, target, ["layer3.0.downsample", "layer2.0.bn2", "layer1.0.bn1"], steps=2, rounds=3)
+
+
+@pytest.mark.parametrize("frozen", ["layer3", "layer4"])
+@pytest.mark.parametrize("grad", ["full", "tail"])
+def test_frozen_prefix(frozen: str, grad: str) -> None:
+    model, images, target = family("resnet")
+    for name, child in model.named_children():
+        child.requires_grad_(False)
+        if name == frozen:
+            break
+    check(model, images, target, ["layer3", "layer4"], steps=3, grad=grad, rounds=2)
+
+
+def test_frozen_tail() -> None:
+    model, images, target = family("vit")
+    model.blocks[2].requires_grad_(False)
+    model.head.requires_grad_(False)
+    check(model, images, target, ["blocks.1"], steps=2)
+
+
+@pytest.mark.parametrize("blocks", [["layer3", "layer3.0"], ["layer3.0", "layer3"], ["layer4", "layer1", "layer3"]])
+def test_nested_blocks_and_any_order(blocks: list[str]) -> None:
+    model, images, target = family("resnet")
+    check(model, images, target, blocks, steps=3, rounds=2)
+
+
+@pytest.mark.parametrize("grad", ["full", "tail"])
+@pytest.mark.parametrize(
+    ("toy", "blocks"),
+    [
+        (UNet, ["middle"]),
+        (UNet, ["down1", "up"]),
+        (UNet, ["down2.1", "down2"]),
+        (Shared, ["block"]),
+        (InPlace, ["block"]),
+        (InPlace, ["skip", "block"]),
+        (InPlace, ["stem"]),
+    ],
+)
+def test_awkward_models(toy: type[nn.Module], blocks: list[str], grad: str) -> None:
+    torch.manual_seed(3)
+    images, target = batch(12)
+    # the sequence's last child returns the very tensor that the sequence returns: both at once are two blocks
+    check(toy().double().train(), images, target, blocks, steps=3, grad=grad, rounds=3)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("grad", ["full", "tail"])
+def test_nested_outputs(norm: str, grad: str) -> None:
+    images, target = batch(12)
+    model = Nested().double().train()
+    check(model, images, target, ["branches"], criterion=Nested.criterion, steps=3, norm=norm, grad=grad, eps=0.01)
+    deltas = AlfaWrapper(model, Nested.criterion, "branches")(images, target).deltas["branches"]
+    assert [tuple(part.shape) for part in deltas["maps"]] == [(4, 4, 6, 6), (4, 5)]
+
+
+def test_learned_strengths() -> None:
+    model, images, target = family("convnext")
+    blocks = ["stages.3", "stages.1", "stages.2"]
+    alfa = AlfaWrapper(model, F.cross_entropy, blocks, alpha=ALPHA, steps=2, learnable=True)
+    values = [0.2, 0.9, -0.1]
+    with torch.no_grad():
+        alfa.eta.values.copy_(torch.tensor(values, dtype=torch.float64))
+    state = torch.get_rng_state()
+
+    def plain(strengths: list[float]) -> PlainResult:
+        torch.set_rng_state(state)
+        return plain_alfa(
+            model, F.cross_entropy, images, target, blocks, alpha=ALPHA, steps=2,
+            strengths=dict(zip(blocks, strengths, strict=True)),
+        )
+
+    expected = plain(values)
+    torch.set_rng_state(state)
+    output = alfa(images, target)
+    result = AlfaLoss(F.cross_entropy, gamma=0.5)(output, target)
+    result.loss.backward()
+    assert _relative(result.loss, expected.loss + 0.5 * 1.2) < TOLERANCE
+    _assert_deltas(output.deltas, expected.deltas, blocks)
+    _assert_gradients(model, expected.gradients)
+    # d loss / d eta by central differences; gamma's share is sign(eta)
+    for index, sign in enumerate([1, 1, -1]):
+        sides = [plain([v + side * (i == index) for i, v in enumerate(values)]).loss for side in (1e-4, -1e-4)]
+        slope = (sides[0] - sides[1]).item() / 2e-4 + 0.5 * sign
+        assert float(alfa.eta.values.grad[index]) == pytest.approx(slope, rel=1e-6)
