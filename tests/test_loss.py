@@ -1,0 +1,90 @@
+"""The objective's arithmetic, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from timm_alfa import AlfaLoss, AlfaOutput
+
+
+def criterion(output: Tensor, target: Tensor) -> Tensor:
+    return (output * target).sum()
+
+
+def outputs(eta: Tensor | None = None, blocks: int = 2) -> AlfaOutput:
+    clean = torch.tensor([1.0, 2.0], requires_grad=True)
+    adversarial = {f"block{i}": torch.tensor([3.0, float(i)], requires_grad=True) for i in range(blocks)}
+    return AlfaOutput(clean, adversarial, {}, torch.ones(blocks) if eta is None else eta)
+
+
+TARGET = torch.tensor([1.0, 10.0])  # clean 21, adversarial 3 and 13
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 37.0),
+        ({"lam": 0.5}, 29.0),
+        ({"lam": 0.0}, 21.0),
+        ({"reduction": "mean"}, 14.5),
+        ({"reduction": "mean", "lam": 3.0}, 11.25),
+        ({"reduction": "mean", "lam": 0.0}, 21.0),
+        ({"gamma": 5.0}, 37.0),  # eta is not learned
+    ],
+)
+def test_values(options: dict[str, Any], expected: float) -> None:
+    result = AlfaLoss(criterion, **options)(outputs(), TARGET)
+    assert result.loss.item() == expected
+    assert result.clean.item() == 21.0
+    assert {name: value.item() for name, value in result.adversarial.items()} == {"block0": 3.0, "block1": 13.0}
+    assert result.l1.item() == 0.0
+    assert not any(part.requires_grad for part in (result.clean, result.l1, *result.adversarial.values()))
+
+
+def test_gradients_carry_the_weights() -> None:
+    output = outputs()
+    AlfaLoss(criterion, lam=2.0, reduction="mean")(output, TARGET).loss.backward()
+    torch.testing.assert_close(output.output.grad, TARGET / 3)
+    for adversarial in output.adv_outputs.values():
+        torch.testing.assert_close(adversarial.grad, TARGET / 3)
+
+
+def test_learned_eta_pays_its_l1_norm() -> None:
+    eta = torch.tensor([1.25, -0.25], dtype=torch.float64, requires_grad=True)
+    result = AlfaLoss(criterion, gamma=2.0)(outputs(eta), TARGET)
+    assert result.loss.item() == 40.0
+    assert result.l1.item() == 1.5
+    result.loss.backward()
+    assert eta.grad is not None
+    assert eta.grad.tolist() == [2.0, -2.0]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_without_adversarial_outputs_it_is_the_clean_loss(reduction: Any) -> None:
+    result = AlfaLoss(criterion, lam=2.0, reduction=reduction)(outputs(blocks=0), TARGET)
+    assert result.loss.item() == 21.0
+    assert result.adversarial == {}
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_changing_the_loss_in_place_changes_nothing_else(blocks: int) -> None:
+    result = AlfaLoss(criterion, lam=0.0)(outputs(blocks=blocks), TARGET)
+    result.loss /= 2
+    assert result.loss.item() == 10.5
+    assert result.clean.item() == 21.0
+
+
+@pytest.mark.parametrize("name", ["lam", "gamma"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_weights_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number of at least 0, found {value}"):
+        AlfaLoss(criterion, **{name: value})
+
+
+def test_unknown_reduction() -> None:
+    with pytest.raises(ValueError, match="reduction: expected one of sum, mean, found 'max'"):
+        AlfaLoss(criterion, reduction="max")  # type: ignore[arg-type]
