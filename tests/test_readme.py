@@ -1,0 +1,154 @@
+"""The README's commands parse, its code runs, its flags exist and its links lead somewhere."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, cli
+from timm_alfa.export import export_model
+from timm_alfa.train import main
+from timm_alfa.train.args import build_parser, parse_args
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OTHER_PROGRAMS = {"--nproc_per_node"}  # torchrun's
+START = re.compile(r"(?:train_alfa\.py|-m timm_alfa\.train|timm-alfa-train) ")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def _training_commands() -> list[list[str]]:
+    """Arguments of every training command, without what starts the program."""
+    lines = "".join(_blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(START.split(line, maxsplit=1)[1], comments=True) for line in lines if START.search(line)]
+
+
+def _digits_command() -> list[str]:
+    (command,) = [command for command in _training_commands() if "digits" in command]
+    return command
+
+
+def _line(code: str) -> str:
+    return f"line {README[:README.index(code)].count(chr(10))}"
+
+
+@pytest.fixture
+def names() -> dict[str, Any]:
+    """What a code block may take for granted."""
+    model = timm.create_model("resnet18", channels=(4, 8, 8, 8), num_classes=10, zero_init_last=False)
+    images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    return {
+        "model": model,
+        "criterion": nn.CrossEntropyLoss(),
+        "images": images,
+        "target": target,
+        "loader": [(images, target), (images.flip(0), target.flip(0))],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "device": torch.device("cpu"),
+    }
+
+
+def test_the_code_blocks_are_found():
+    assert len(_blocks("python")) == README.count("```python") >= 4
+    assert len(_training_commands()) == 8
+
+
+@pytest.mark.parametrize("code", _blocks("python"), ids=_line)
+def test_code_block_runs(
+        code: str,
+        names: dict[str, Any],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    export_model(timm.create_model("resnet20s", num_classes=10), "output/train/digits")
+    before = [parameter.detach().clone() for parameter in names["model"].parameters()]
+    exec(compile(code, "README.md", "exec"), names)
+    if "optimizer.step()" in code:
+        assert all(not torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))
+
+
+def test_the_diff_is_about_the_same_names_as_the_code():
+    (diff,) = _blocks("diff")
+    added = [line[1:].strip() for line in diff.splitlines() if line.startswith("+")]
+    assert "alfa = AlfaWrapper(model, criterion, blocks=[\"layer4\"])" in added
+    assert "loss = loss_fn(alfa(images, target), target).loss" in added
+
+
+def test_the_diff_applied_runs(names: dict[str, Any]):
+    (diff,) = _blocks("diff")
+    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    exec(compile(code, "README.md", "exec"), names)
+    assert torch.isfinite(names["loss"])
+
+
+@pytest.mark.parametrize("command", _training_commands(), ids=" ".join)
+def test_training_command_parses(command: list[str]):
+    args = parse_args(command)
+    assert cli.is_enabled(args) or args.alfa_list_blocks
+
+
+def test_every_flag_exists():
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", README))
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    assert len(mentioned) > 30
+    assert mentioned - known - OTHER_PROGRAMS == {"--alfa"}  # as in "`--alfa-*` flags"
+
+
+def test_every_flag_of_alfa_is_in_the_table_with_its_default_and_argument():
+    rows = re.findall(r"^\| `(--alfa-[\w-]+)` \| `(\w+)` \| (.*?) \|", README, flags=re.MULTILINE)
+    table = {flag: (argument, default.strip("`")) for flag, argument, default in rows}
+    switches = {"--alfa-blocks", "--alfa-learnable"}
+    assert table.keys() == {cli.flag(name) for name in cli.DEFAULTS} | switches
+    signatures = [inspect.signature(item).parameters for item in (AlfaTask, AlfaWrapper, AlfaLoss)]
+    for flag, (argument, shown) in table.items():
+        assert argument in signatures[0]
+        if flag in switches:
+            assert shown == "off"
+            continue
+        default = cli.DEFAULTS[flag[2:].replace("-", "_")]
+        assert all(parameters[argument].default == default for parameters in signatures if argument in parameters)
+        if isinstance(default, float):
+            assert cli.number(shown) == default
+        else:
+            assert shown == str(default) or (default is None and shown in ("none", "all"))
+
+
+def test_relative_links_resolve():
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not link.startswith(("http:", "https:", "#"))]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_test_command_is_what_ci_runs():
+    (command,) = [block.strip() for block in _blocks("bash") if "pytest" in block]
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert command.replace("python3 -m venv", '"${PYTHON:-python3}" -m venv') in script
+
+
+def test_the_first_command_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    main([*_digits_command(), "--epochs", "1", "--img-size", "8", "--output", str(tmp_path)])
+    assert (tmp_path / "digits" / "model.safetensors").exists()
+    assert capsys.readouterr().out.startswith("--result")
+
+
+@pytest.mark.slow
+def test_the_first_command_reaches_what_the_readme_says(tmp_path: Path):
+    main([*_digits_command(), "--output", str(tmp_path)])
+    with open(tmp_path / "digits" / "summary.csv", newline="") as file:
+        accuracies = [float(row["eval_top1"]) for row in csv.DictReader(file)]
+    assert len(accuracies) == 8
+    assert max(accuracies) >= 97.5  # "98 to 99 %", and room for another machine's rounding
