@@ -14,6 +14,7 @@ from .attack import INITS, NORMS
 from .batchnorm import BATCH_NORM_MODES
 from .blocks import format_blocks, list_blocks, resolve_blocks
 from .errors import BlockError, UsageError
+from .eta import ETA_SETS
 from .loss import REDUCTIONS
 from .task import AlfaTask
 from .wrapper import GRADIENTS
@@ -31,7 +32,13 @@ DEFAULTS: dict[str, Any] = {
     "alfa_reduction": "sum",
     "alfa_grad": "full",
     "alfa_bn": "clean",
+    "alfa_sample_blocks": None,
+    "alfa_gamma": 0.0,
+    "alfa_eta_lr": 0.01,
+    "alfa_eta_set": "hyperplane",
 }
+LEARNING = ("alfa_gamma", "alfa_eta_lr", "alfa_eta_set")  # without effect unless eta is learned
+
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="whether adversarial losses also train the layers before their block (default: full)")
     group.add_argument("--alfa-bn", default=None, choices=BATCH_NORM_MODES,
                        help="whether adversarial passes move the running statistics too (default: clean, they do not)")
+    group = parser.add_argument_group("L-ALFA: learned strengths")
+    group.add_argument("--alfa-learnable", action="store_true", default=False,
+                       help="learn how strongly each block is perturbed (eta)")
+    group.add_argument("--alfa-gamma", type=number, default=None, metavar="G",
+                       help="weight of the l1 norm of eta; the paper tunes it in 0.5, 1, 2 (default: 0)")
+    group.add_argument("--alfa-eta-lr", type=number, default=None, metavar="LR",
+                       help="learning rate of eta, constant (default: 0.01)")
+    group.add_argument("--alfa-eta-set", default=None, choices=ETA_SETS,
+                       help="where eta lives: sum 1, or sum 1 and no negative entry (default: hyperplane)")
+    group.add_argument("--alfa-sample-blocks", type=int, default=None, metavar="N",
+                       help="perturb N of the blocks per step, drawn at random and weighted accordingly (default: all)")
 
 
 def number(text: str) -> float:
@@ -94,6 +112,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.method is None:
         args.method = "standard" if args.alfa_blocks is None else "alfa"
     if args.method != "alfa":
+        if args.alfa_learnable:
+            raise UsageError("--alfa-learnable: has no effect without --alfa-blocks; name blocks, such as @stages")
         if args.alfa_blocks is not None:
             raise UsageError(f"--alfa-blocks {' '.join(args.alfa_blocks)}: has no effect with --method {args.method}; "
                              "use --method alfa")
@@ -101,6 +121,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag(given[0])} {getattr(args, given[0])}: has no effect without --alfa-blocks; "
                              "name blocks, such as --alfa-blocks @last")
         return
+    useless = [name for name in LEARNING if name in given and not args.alfa_learnable]
+    if useless:
+        raise UsageError(f"{flag(useless[0])} {getattr(args, useless[0])}: has no effect without --alfa-learnable")
     if args.alfa_blocks is None:
         args.alfa_blocks = ["@last"]
     for name, default in DEFAULTS.items():
@@ -110,6 +133,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     _expect(args, "alfa_steps", "a whole number of at least 1", lambda v: v >= 1)
     _expect(args, "alfa_eps", "a finite bound of at least 0", lambda v: v is None or (math.isfinite(v) and v >= 0))
     _expect(args, "alfa_lambda", "a finite weight of at least 0", lambda v: math.isfinite(v) and v >= 0)
+    _expect(args, "alfa_gamma", "a finite weight of at least 0", lambda v: math.isfinite(v) and v >= 0)
+    _expect(args, "alfa_eta_lr", "a finite learning rate above 0", lambda v: math.isfinite(v) and v > 0)
+    _expect(args, "alfa_sample_blocks", "a whole number of at least 1", lambda v: v is None or v >= 1)
     if args.alfa_init == "uniform" and args.alfa_eps is None:
         raise UsageError("--alfa-init uniform: starts within a bound; give one with --alfa-eps")
 
@@ -141,10 +167,16 @@ def create_task(
     if not is_enabled(args):
         return ClassificationTask(model, criterion, device=device, dtype=dtype, verbose=verbose)
     try:
+        blocks = list(resolve_blocks(model, args.alfa_blocks))
+        if args.alfa_sample_blocks is not None and args.alfa_sample_blocks > len(blocks):
+            raise UsageError(
+                f"--alfa-sample-blocks {args.alfa_sample_blocks}: expected at most the number of blocks, "
+                f"{len(blocks)} ({', '.join(blocks)})"
+            )
         task = AlfaTask(
             model,
             criterion,
-            args.alfa_blocks,
+            blocks,
             alpha=args.alfa_alpha,
             steps=args.alfa_steps,
             eps=args.alfa_eps,
@@ -154,6 +186,12 @@ def create_task(
             bn=args.alfa_bn,
             lam=args.alfa_lambda,
             reduction=args.alfa_reduction,
+            gamma=args.alfa_gamma,
+            learnable=args.alfa_learnable,
+            eta_set=args.alfa_eta_set,
+            eta_lr=args.alfa_eta_lr,
+            sample_blocks=args.alfa_sample_blocks,
+            seed=getattr(args, "seed", 0),
             device=device,
             dtype=dtype,
             verbose=verbose,

@@ -89,7 +89,12 @@ class AlfaLoss:
         """The clean and adversarial terms together; never the same tensor as ``clean``."""
         if not adversarial:
             return clean.clone()
+        of_clean, of_adversarial = self.weights(len(adversarial))
         total = torch.stack(adversarial).sum() if len(adversarial) > 1 else adversarial[0]
+        return of_clean * clean + of_adversarial * total
+
+    def weights(self, count: int) -> tuple[float, float]:
+        """Factors of the clean loss and of each of ``count`` adversarial losses."""
         if self.reduction == "sum":
-            return clean + self.lam * total
-        return (clean + self.lam / len(adversarial) * total) / (1 + self.lam)
+            return 1.0, self.lam
+        return 1 / (1 + self.lam), self.lam / (count * (1 + self.lam))

@@ -17,7 +17,7 @@ never see it, and regions that were compiled one by one keep their compiled call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,23 @@ class Feature:
         return tree_unflatten(leaves, self.spec)
 
 
+@dataclass(eq=False)
+class Cut:
+    """Where a clean graph was cut: the rest of the model was given leaves instead of a region's output.
+
+    Args:
+        order: Position among the calls of the clean pass.
+        block: The chosen block's name, or ``None`` for an output that bypasses a block.
+        tensors: The output's floating-point tensors, at the end of what came before.
+        leaves: The same values, at the start of what came after.
+    """
+
+    order: int
+    block: str | None
+    tensors: list[Tensor]
+    leaves: list[Tensor]
+
+
 @dataclass
 class _Call:
     """One call of a region that finished before the last block did."""
@@ -72,14 +89,14 @@ class Recording:
     Args:
         output: The model's output.
         features: Block name -> :class:`Feature`, in the order in which the blocks were asked for.
-        cuts: Block name -> leaves that the rest of the model was given instead of the feature, if it was cut there.
+        cuts: Where the graph was cut, in order of execution; empty unless asked for.
         start: Random state before the pass.
         end: Random state after it.
     """
 
     output: Any
     features: dict[str, Feature]
-    cuts: dict[str, list[Tensor]]
+    cuts: list[Cut]
     start: RandomState
     end: RandomState
     args: tuple[Any, ...]
@@ -87,9 +104,12 @@ class Recording:
     calls: dict[_Region, list[_Call]] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
 
-    def execution_order(self) -> list[str]:
-        """The blocks' names in the order in which they ran."""
-        return sorted(self.order, key=self.order.__getitem__)
+    def forget(self, after: int) -> None:
+        """Drop what only replays of blocks after this position need, so that the graph behind it can be freed."""
+        self.output = None
+        self.features = {name: feature for name, feature in self.features.items() if self.order[name] <= after}
+        for calls in self.calls.values():
+            calls[:] = [call for call in calls if call.order <= after]
 
 
 class _Region:
@@ -131,13 +151,20 @@ class Replay:
         self._habits: dict[tuple[str, int], _Habit] = {}
         self._unwatched = set(self.blocks)  # blocks whose replay has not been observed yet
 
-    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, cut: bool = False) -> Recording:
+    def record(
+            self,
+            args: tuple[Any, ...],
+            kwargs: Mapping[str, Any] | None = None,
+            *,
+            cut: Collection[str] = (),
+    ) -> Recording:
         """Run the model once and remember what replays need.
 
         Args:
             args: Positional arguments of the model.
             kwargs: Keyword arguments of the model.
-            cut: Give the rest of the model leaves in place of the blocks' features, so that the graph falls into
+            cut: Blocks at which to cut the graph: the rest of the model is given leaves in place of their features,
+                and of the outputs that bypass blocks, as far as replays have shown these. The graph then falls into
                 pieces that can be differentiated, and freed, one at a time.
 
         Raises:
@@ -179,7 +206,8 @@ class Replay:
         watch = block in self._unwatched
         pass_ = _ReplayPass(self, recording, block, value, detach, watch)
         recording.start.restore()
-        with _intercept(pass_.regions, pass_), _without_checkpointing(self.model), pass_.reads:
+        stance = torch.compiler.set_stance("force_eager") if watch else nullcontext()  # operations are watched
+        with _intercept(pass_.regions, pass_), _without_checkpointing(self.model), stance, pass_.reads:
             output = self.model(*recording.args, **recording.kwargs)
         if not pass_.reached:
             raise BlockError(f"block {block!r} ran in the clean pass but not in its replay")
@@ -187,6 +215,10 @@ class Replay:
             pass_.note_reads()
             self._unwatched.discard(block)
         return output
+
+    def is_read(self, key: tuple[str, int]) -> bool:
+        """Whether a replay was seen to use this output of a region: it bypasses a block."""
+        return key in self._habits and self._habits[key].read
 
     def compile(self, **options: Any) -> None:
         """``torch.compile`` the maximal submodules without a block inside, and the blocks, one by one.
@@ -253,13 +285,13 @@ class _WatchPass(_Pass):
 
 
 class _RecordPass(_Pass):
-    def __init__(self, owner: Replay, start: RandomState, cut: bool):
+    def __init__(self, owner: Replay, start: RandomState, cut: Collection[str]):
         self.owner = owner
         self.start = start
         self.cut = cut
         self.calls: dict[_Region, list[_Call]] = {}
         self.features: dict[str, Feature] = {}
-        self.cuts: dict[str, list[Tensor]] = {}
+        self.cuts: list[Cut] = []
         self.order: dict[str, int] = {}
         self.count = 0
         self.eager = owner._known is None  # a compiled region would trace into the intercepted calls inside it
@@ -276,10 +308,11 @@ class _RecordPass(_Pass):
         calls = self.calls.setdefault(region, [])
         key = (region.name, len(calls))
         if region.is_block:
-            output, handed = self._keep_feature(region, output)
+            output = self._keep_feature(region, output)
             self.order[region.name] = self.count
-        else:
-            handed = output
+        if region.name in self.cut or (self.cut and not region.is_block and self.owner.is_read(key)):
+            output = self._cut(region, output)
+        handed = output
         if self.owner.needs_copy(key):
             handed = _copy(handed)
             tensors = _tensors(handed)
@@ -308,25 +341,30 @@ class _RecordPass(_Pass):
                 "use non-reentrant checkpointing"
             )
 
-    def _keep_feature(self, region: _Region, output: Any) -> tuple[Any, Any]:
-        """The output to remember and the output to hand on, for a chosen block."""
+    def _keep_feature(self, region: _Region, output: Any) -> Any:
+        """Note a chosen block's output; returns it with a gradient, should a frozen prefix have left it without."""
         leaves, spec = tree_flatten(output)
         if not any(map(_is_floating, leaves)):
             raise BlockError(
                 f"block {region.name!r} returns no floating-point tensor (but {type(output).__name__}); "
                 "choose a block that returns a feature map"
             )
-        # A frozen prefix gives features without a gradient: they become leaves that have one.
         kept = [
             leaf.detach().requires_grad_() if _is_floating(leaf) and not leaf.requires_grad else leaf for leaf in leaves
         ]
-        feature = Feature([leaf for leaf in kept if _is_floating(leaf)], kept, spec)
-        self.features[region.name] = feature
-        output = tree_unflatten(kept, spec)
-        if not self.cut:
-            return output, output
-        self.cuts[region.name] = [tensor.detach().requires_grad_() for tensor in feature.tensors]
-        return output, feature.rebuild(self.cuts[region.name])
+        self.features[region.name] = Feature([leaf for leaf in kept if _is_floating(leaf)], kept, spec)
+        return tree_unflatten(kept, spec)
+
+    def _cut(self, region: _Region, output: Any) -> Any:
+        leaves, spec = tree_flatten(output)
+        cut = Cut(self.count, region.name if region.is_block else None, [], [])
+        for index, leaf in enumerate(leaves):
+            if _is_floating(leaf) and leaf.requires_grad:
+                leaves[index] = leaf.detach().requires_grad_()
+                cut.tensors.append(leaf)
+                cut.leaves.append(leaves[index])
+        self.cuts.append(cut)
+        return tree_unflatten(leaves, spec)
 
     def note_mutations(self) -> None:
         written: set[int] = set()
@@ -369,7 +407,7 @@ class _ReplayPass(_Pass):
         call.state.restore()
         if region.name == self.block:
             self.reached = True
-            return self.value
+            return _copy(self.value) if self.owner.needs_copy(call.key) else self.value
         return self._hand_out(call)
 
     def _hand_out(self, call: _Call) -> Any:

@@ -1,29 +1,35 @@
-"""AlfaTask: ALFA as a ``timm.task``, the only bridge to timm's training loop."""
+"""AlfaTask: ALFA and L-ALFA as a ``timm.task``, the only bridge to timm's training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .attack import Init, Norm
+from .attack import Init, Norm, l2_norms, linf_norms
 from .batchnorm import BatchNormMode
 from .blocks import format_blocks, list_blocks
+from .errors import UsageError
 from .eta import EtaSet
+from .eta_step import EtaStepper
 from .loss import AlfaLoss, Reduction
+from .monitor import Monitor
+from .sweep import Sweep
 from .wrapper import AlfaWrapper, Gradient
 
 
 class AlfaTask(ClassificationTask):
-    """A classification task whose loss is ALFA's objective (Eq. 3).
+    """A classification task whose loss is ALFA's objective (Eq. 3), or L-ALFA's (Eq. 5, Algorithm 1).
 
     Everything that timm's ``train.py`` asks of a task holds: the trainable module, the evaluation model, EMA and
-    checkpoints are those of the plain model.
+    checkpoints are those of the plain model, and eta is in ``task_state``. The gradients are those of
+    ``AlfaLoss(criterion)(AlfaWrapper(model, ...)(input, target), target)``, but each tail is walked once and freed at
+    once, see :mod:`timm_alfa.sweep`.
 
     Args:
         model: The model to train, on its device.
@@ -32,9 +38,16 @@ class AlfaTask(ClassificationTask):
         criterion_kwargs: For ``timm.loss.create_classification_loss``, where ``criterion`` is ``None``.
         alpha, steps, eps, norm, init, grad, bn, learnable, eta_set: See :class:`~timm_alfa.AlfaWrapper`.
         lam, gamma, reduction: See :class:`~timm_alfa.AlfaLoss`.
+        eta_lr: Learning rate of eta's own SGD (momentum 0.9, constant rate, no weight decay), above 0.
+        sample_blocks: Perturb this many of the r blocks per step, drawn anew each time, alike on all ranks, and
+            weighted r / N so that the objective's mean stays the same; ``None`` perturbs all.
+        seed: Of the draws of ``sample_blocks``.
         device: Device of the task.
         dtype: Dtype of the task.
         verbose: Log what the task does.
+
+    Raises:
+        ValueError, TypeError: An argument is out of its range. BlockError: A block does not resolve.
     """
 
     def __init__(
@@ -56,6 +69,9 @@ class AlfaTask(ClassificationTask):
             reduction: Reduction = "sum",
             learnable: bool = False,
             eta_set: EtaSet = "hyperplane",
+            eta_lr: float = 0.01,
+            sample_blocks: int | None = None,
+            seed: int = 0,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -63,16 +79,26 @@ class AlfaTask(ClassificationTask):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         alfa = AlfaWrapper(
             model, self.criterion, blocks, alpha=alpha, steps=steps, eps=eps, norm=norm, init=init, grad=grad, bn=bn,
-            learnable=learnable, eta_set=eta_set,
+            learnable=learnable, eta_set=eta_set, eta_lr=eta_lr,
         )
+        if sample_blocks is not None and not 1 <= sample_blocks <= len(alfa.blocks):
+            raise ValueError(
+                f"sample_blocks: expected 1 to {len(alfa.blocks)}, the number of blocks, found {sample_blocks}"
+            )
+        self.objective = AlfaLoss(self.criterion, lam, gamma, reduction)
         # Not registered as a submodule: until DDP wraps the step, the trainable module is the bare model.
-        self.__dict__["step"] = _AlfaStep(alfa, AlfaLoss(self.criterion, lam, gamma, reduction))
-        self._averages = _Averages(alfa.blocks)
+        self.__dict__["step"] = _AlfaStep(alfa, self.objective, sample_blocks, seed)
+        self.monitor = Monitor(alfa)
+        self._stepper: EtaStepper | None = None
+        if learnable:
+            self._stepper = EtaStepper(alfa.eta, model.parameters())
+            self._stepper.listen()
 
     @property
     def alfa(self) -> AlfaWrapper:
         """The wrapper around the model."""
-        return self.__dict__["step"].module
+        alfa: AlfaWrapper = self.__dict__["step"].module
+        return alfa
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> AlfaTask:
         """Wrap the whole step in DDP: one DDP forward per step, whatever happens inside."""
@@ -98,17 +124,53 @@ class AlfaTask(ClassificationTask):
             target: [B], [B, num_classes], or what the criterion takes.
 
         Returns:
-            ``loss`` (to call ``backward`` on), ``output`` (clean), ``loss_clean``, ``loss_adv`` (mean over the blocks)
-            and ``loss_adv_by_block`` (dict), the last three detached.
+            ``loss`` (to call ``backward`` on, once), ``output`` (clean), ``loss_clean``, ``loss_adv`` (mean over the
+            blocks), ``loss_adv_by_block`` (dict) and for L-ALFA ``eta`` [r], all but the first detached.
         """
-        step = self.trainable_module if self.trainable_module is not self.alfa.module else self.__dict__["step"]
-        result: dict[str, Any] = step(input, target)
-        self._averages.add(result)
+        if self._stepper is not None:
+            self._stepper.begin_batch()
+        distributed = isinstance(self.trainable_module, DistributedDataParallel)
+        result: dict[str, Any] = (self.trainable_module if distributed else self.__dict__["step"])(input, target)
+        gradient, observed = result.pop("eta_gradient", None), result.pop("observed", {})
+        if self._stepper is not None and gradient is not None:
+            self._stepper.add(gradient)
+        if result["loss_adv_by_block"]:
+            self.monitor.add(result, observed)
         return result
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """What a checkpoint needs besides the weights: the step count, and for L-ALFA eta with its momentum."""
+        if ema:
+            return {}
+        state: dict[str, Any] = {"passes": self.alfa.passes}
+        if self.alfa.eta.learnable:
+            state["eta"] = self.alfa.eta.state_dict()
+        return state
+
+    def load_task_state(
+            self,
+            state: dict[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Continue from :meth:`get_task_state`; a checkpoint of plain training has none and starts afresh.
+
+        Raises:
+            UsageError: eta was learned for another list of blocks.
+        """
+        if ema or not state:
+            return
+        self.alfa.passes = int(state.get("passes", 0))
+        if self.alfa.eta.learnable and "eta" in state:
+            try:
+                self.alfa.eta.load_state_dict(state["eta"])
+            except ValueError as error:
+                raise UsageError(f"--resume: {error}") from None
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
         """What a run should say at its start: the resolved blocks, their shapes and the share of FLOPs behind them."""
-        alfa, loss = self.alfa, self.__dict__["step"].objective
+        alfa, loss = self.alfa, self.objective
         infos = [info for info in list_blocks(alfa.module, input_size, depth=None) if info.name in alfa.blocks]
         bound = "unbounded" if alfa.eps is None else f"eps {alfa.eps:.4g}"
         method = f"L-ALFA ({alfa.eta.eta_set}, gamma {loss.gamma:g})" if alfa.eta.learnable else "ALFA"
@@ -119,62 +181,69 @@ class AlfaTask(ClassificationTask):
         return [head, *format_blocks(infos).splitlines()]
 
     def interval_text(self) -> str:
-        """For a log line: the last step's clean and adversarial loss, and in brackets their averages so far."""
-        return self._averages.text()
+        """For a log line: the last step's losses, in brackets their averages so far, and eta if it is learned."""
+        return self.monitor.text()
 
     def epoch_metrics(self) -> dict[str, float]:
         """Averages since the last call, over all ranks (every rank has to call), for the epoch's summary."""
-        return self._averages.take(self.device)
+        return self.monitor.take()
+
+    def write_history(self, folder: Path | None) -> None:
+        """Append eta of every step since the last call to ``eta.csv`` in ``folder``; ranks without a folder drop it."""
+        self.monitor.history.write(folder)
 
 
 class _AlfaStep(nn.Module):
     """Everything that has to happen inside one DDP forward. ``module`` leads timm's ``unwrap_model`` to the model."""
 
-    def __init__(self, alfa: AlfaWrapper, objective: AlfaLoss):
+    def __init__(self, alfa: AlfaWrapper, objective: AlfaLoss, sample_blocks: int | None, seed: int):
         super().__init__()
         self.module = alfa
-        self.__dict__["objective"] = objective  # a criterion's parameters are not DDP's business
+        self.sample_blocks = sample_blocks
+        self.seed = seed
+        # A criterion's parameters are not DDP's business: nothing that holds it is registered.
+        self.__dict__["objective"] = objective
+        self.__dict__["sweep"] = Sweep(alfa, objective.criterion, objective.gamma)
 
     def forward(self, input: Any, target: Any) -> dict[str, Any]:
-        output = self.module(input, target)
-        parts = self.__dict__["objective"](output, target)
-        adversarial = list(parts.adversarial.values())
-        return {
-            "loss": parts.loss,
-            "output": output.output,
-            "loss_clean": parts.clean,
-            "loss_adv": torch.stack(adversarial).mean() if adversarial else parts.clean,
-            "loss_adv_by_block": parts.adversarial,
+        alfa: AlfaWrapper = self.module
+        if not (alfa.module.training and torch.is_grad_enabled()):
+            output = alfa(input)
+            clean = self.__dict__["objective"].criterion(output, target)
+            return {
+                "loss": clean, "output": output, "loss_clean": clean.detach().clone(),
+                "loss_adv": clean.detach().clone(), "loss_adv_by_block": {},
+            }
+        of_clean, weights = self._weights()
+        observe = _norms if alfa.passes % Monitor.NORM_INTERVAL == 0 else None
+        swept = self.__dict__["sweep"](input, target, of_clean, weights, observe)
+        result = {
+            "loss": swept.loss,
+            "output": swept.output,
+            "loss_clean": swept.clean,
+            "loss_adv": torch.stack(list(swept.adversarial.values())).mean(),
+            "loss_adv_by_block": swept.adversarial,
+            "observed": swept.observed,
         }
+        if alfa.eta.learnable:
+            result |= {"eta": alfa.eta.values.detach().clone(), "eta_gradient": swept.eta_gradient}
+        return result
+
+    def _weights(self) -> tuple[float, dict[str, float]]:
+        """Factors of the clean loss and of the adversarial losses of this step's blocks."""
+        alfa: AlfaWrapper = self.module
+        blocks = alfa.blocks
+        of_clean, of_adversarial = self.__dict__["objective"].weights(len(blocks))
+        if self.sample_blocks is None:
+            return of_clean, dict.fromkeys(blocks, of_adversarial)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + alfa.passes) % 2**63)
+        drawn = torch.randperm(len(blocks), generator=generator)[: self.sample_blocks].sort().values.tolist()
+        return of_clean, {blocks[i]: of_adversarial * len(blocks) / self.sample_blocks for i in drawn}
 
 
-class _Averages:
-    """Running means of what a step reports, kept on the device so that no step waits for them."""
-
-    def __init__(self, blocks: Sequence[str]):
-        self.names = ["loss_clean", "loss_adv", *(f"loss_adv_{name}" for name in blocks if len(blocks) > 1)]
-        self.total: Tensor | None = None
-        self.last: Tensor | None = None
-        self.steps = 0
-
-    def add(self, result: Mapping[str, Any]) -> None:
-        by_block = list(result["loss_adv_by_block"].values()) if len(self.names) > 2 else []
-        self.last = torch.stack([result["loss_clean"], result["loss_adv"], *by_block]).float()
-        self.total = self.last if self.total is None else self.total + self.last
-        self.steps += 1
-
-    def text(self) -> str:
-        if self.last is None or self.total is None:
-            return ""
-        last, mean = self.last[:2].tolist(), (self.total[:2] / self.steps).tolist()
-        return f"Clean: {last[0]:#.3g} ({mean[0]:#.3g})  Adv: {last[1]:#.3g} ({mean[1]:#.3g})"
-
-    def take(self, device: torch.device) -> dict[str, float]:
-        if self.total is None:
-            return {}
-        mean = self.total / self.steps
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean = mean / dist.get_world_size()
-        self.total, self.last, self.steps = None, None, 0
-        return dict(zip(self.names, mean.tolist(), strict=True))
+def _norms(delta: Sequence[Tensor], feature: Sequence[Tensor]) -> Tensor:
+    """[3]: mean over the batch of ||delta||_2 and ||delta||_inf, and rms(delta) / rms(f)."""
+    l2 = l2_norms(delta)
+    total = torch.stack([part.detach().float().square().sum() for part in feature]).sum()
+    ratio = l2.square().sum().sqrt() / total.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack([l2.mean(), linf_norms(delta).mean(), ratio.to(l2)]).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
 from .blocks import blank_input, resolve_blocks
 from .errors import BlockError
 from .eta import ETA_SETS, Eta, EtaSet
+from .eta_step import EtaStepper
 from .randomness import RandomState
 from .replay import Recording, Replay, random_devices
 from .trace import evaluating
@@ -28,7 +29,7 @@ Gradient = Literal["full", "tail"]
 GRADIENTS: tuple[Gradient, ...] = ("full", "tail")
 
 # float16 gradients of a mean loss underflow; a positive factor leaves their direction alone. GradScaler starts with it.
-_FLOAT16_SCALE = 2.0**16
+FLOAT16_SCALE = 2.0**16
 
 
 @dataclass
@@ -76,6 +77,7 @@ class AlfaWrapper(nn.Module):
         bn: ``"clean"``: running statistics move with the clean pass only. ``"shared"``: with every pass.
         learnable: L-ALFA: eta is learned (Eq. 5). Otherwise eta is 1.
         eta_set: P, the set onto which eta is projected: ``"hyperplane"`` or ``"simplex"``.
+        eta_lr: Learning rate of eta's own SGD, above 0; see :meth:`follow`.
 
     Raises:
         ValueError: An argument is out of its range. TypeError: The criterion cannot be called.
@@ -97,12 +99,15 @@ class AlfaWrapper(nn.Module):
             bn: BatchNormMode = "clean",
             learnable: bool = False,
             eta_set: EtaSet = "hyperplane",
+            eta_lr: float = 0.01,
     ):
         super().__init__()
         _check_model(model)
         if not callable(criterion):
             raise TypeError(f"criterion: expected something to call with (output, target), found {criterion!r}")
         _check_attack(alpha, steps, eps, init)
+        if not (math.isfinite(eta_lr) and eta_lr > 0):
+            raise ValueError(f"eta_lr: expected a finite learning rate above 0, found {eta_lr}")
         for name, value, choices in (
             ("norm", norm, NORMS), ("init", init, INITS), ("grad", grad, GRADIENTS), ("bn", bn, BATCH_NORM_MODES),
             ("eta_set", eta_set, ETA_SETS),
@@ -120,7 +125,7 @@ class AlfaWrapper(nn.Module):
         self.init: Init = init
         self.grad: Gradient = grad
         self.bn: BatchNormMode = bn
-        self.eta = Eta(self.blocks, learnable=learnable, eta_set=eta_set)
+        self.eta = Eta(self.blocks, learnable=learnable, eta_set=eta_set, lr=eta_lr)
         self.passes = 0  # how many training steps were made: random starts are drawn anew in each
         self._replay: Replay | None = Replay(model, modules)
         self._statistics = Statistics(model)
@@ -136,13 +141,33 @@ class AlfaWrapper(nn.Module):
             return self.module(input)
         if not (self.module.training and torch.is_grad_enabled()):
             return AlfaOutput(self.module(input), {}, {}, self.eta.values)
+        if all(parameter.grad is None for parameter in self.module.parameters()):
+            self.eta.values.grad = None  # what a skipped step left goes with the weights' own gradients
         recording = self.record(input)
-        with self.adversarial_pass(recording):
+        with recording.end.left_as_is():  # outside of the pass below: checkpointed parts compute again as they did
             gradients = self.clean_gradients(recording, target)
+        with self.adversarial_pass(recording):
             deltas = {name: self.find_delta(recording, name, target, gradients.get(name)) for name in self.blocks}
             adv_outputs = {name: self.adversarial_output(recording, name, deltas[name]) for name in self.blocks}
         shaped = {name: recording.features[name].rebuild(delta) for name, delta in deltas.items()}
         return AlfaOutput(recording.output, adv_outputs, shaped, self.eta.values)
+
+    def follow(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Learn eta in a loop of your own: it steps whenever ``optimizer``, which holds the weights, steps.
+
+        Args:
+            optimizer: The weights' optimizer; its schedule, clipping and weight decay do not concern eta.
+            scaler: The loss scaler, if there is one: eta's gradient is divided by its scale.
+        """
+        stepper = EtaStepper(self.eta, self.module.parameters())
+
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if self.eta.values.grad is not None:
+                stepper.add(self.eta.values.grad / (scaler.get_scale() if scaler is not None else 1.0))
+                self.eta.values.grad = None
+                stepper.step(optimizer)
+
+        optimizer.register_step_post_hook(after_step)
 
     def check_blocks(self, input_size: tuple[int, ...]) -> None:
         """Try the blocks out on two blank inputs, before training starts; nothing of the model moves.
@@ -162,8 +187,8 @@ class AlfaWrapper(nn.Module):
 
     # The steps of a training forward, for those who arrange them differently.
 
-    def record(self, input: Any, *, cut: bool = False) -> Recording:
-        """The clean pass; see :meth:`Replay.record`."""
+    def record(self, input: Any, *, cut: Collection[str] = ()) -> Recording:
+        """The clean pass, with its graph cut at the blocks in ``cut``."""
         replay = self._active_replay()
         with self._statistics.observed():
             recording = replay.record((input,), cut=cut)
@@ -230,10 +255,23 @@ class AlfaWrapper(nn.Module):
         """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i."""
         feature = recording.features[name]
         tensors = feature.tensors if self.grad == "full" else [tensor.detach() for tensor in feature.tensors]
+        return self.replay(recording, name, feature.rebuild(self.perturbed(name, tensors, delta)))
+
+    def perturbed(self, name: str, feature: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
+        """f_i + eta_i * delta_i."""
         if self.eta.learnable:
             strength = self.eta.values[self.blocks.index(name)]
             delta = [strength.to(part.dtype) * part for part in delta]
-        return self._active_replay().replay(recording, name, feature.rebuild(_add(tensors, delta)))
+        return _add(feature, delta)
+
+    def replay(self, recording: Recording, name: str, value: Any) -> Any:
+        """T_i(value): only the tail of the block computes."""
+        return self._active_replay().replay(recording, name, value)
+
+    @staticmethod
+    def is_float16(output: Any) -> bool:
+        """Whether losses on this output need scaling for their gradients not to underflow."""
+        return any(leaf.dtype == torch.float16 for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model's parts between and after the blocks; arguments are those of ``torch.compile``."""
@@ -256,8 +294,8 @@ class AlfaWrapper(nn.Module):
             retain_graph: bool = False,
     ) -> tuple[Tensor | None, ...]:
         loss = self.criterion(output, target)
-        if any(tensor.dtype == torch.float16 for tensor in tree_leaves(output) if isinstance(tensor, Tensor)):
-            loss = loss.float() * _FLOAT16_SCALE
+        if self.is_float16(output):
+            loss = loss.float() * FLOAT16_SCALE
         with torch.autocast(loss.device.type, enabled=False):
             return torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
 

@@ -32,6 +32,8 @@ class ReportingTask(Protocol):
 
     def epoch_metrics(self) -> dict[str, float]: ...
 
+    def write_history(self, folder: Path | None) -> None: ...
+
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]: ...
 
 
@@ -134,6 +136,8 @@ def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
                     _logger.info(f"Train: {epoch} [{position:>4d}/{updates} ({share:>3.0f}%)]  {text}")
                 else:
                     bar.set_postfix_str(text.partition("  Time:")[0])
+                if isinstance(task, ReportingTask):
+                    task.write_history(run.folder)
                 if args.save_images and run.folder is not None:
                     save_image(images, str(run.folder / f"train-batch-{index}.jpg"), padding=0, normalize=True)
             if args.recovery_interval and (position + 1) % args.recovery_interval == 0:
