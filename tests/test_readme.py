@@ -151,4 +151,4 @@ def test_the_first_command_reaches_what_the_readme_says(tmp_path: Path):
     with open(tmp_path / "digits" / "summary.csv", newline="") as file:
         accuracies = [float(row["eval_top1"]) for row in csv.DictReader(file)]
     assert len(accuracies) == 8
-    assert max(accuracies) >= 97.5  # "98 to 99 %", and room for another machine's rounding
+    assert max(accuracies) >= 98  # "about 99 %", and room for another machine's rounding
