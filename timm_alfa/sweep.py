@@ -306,8 +306,9 @@ class _HandOver(torch.autograd.Function):
 
 
 def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], weight: float) -> None:
-    """totals += weight * found, in place, in at least float32."""
-    old, new = [], []
+    """totals += weight * found, in at least float32."""
+    # Out of place: autograd may hand out one and the same tensor as the gradient of both terms of a sum.
+    indices, old, new = [], [], []
     for index, gradient in enumerate(found):
         if gradient is None:
             continue
@@ -316,10 +317,12 @@ def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], wei
         if total is None:
             totals[index] = gradient if weight == 1 else gradient * weight
         else:
+            indices.append(index)
             old.append(total)
             new.append(gradient)
     if old:
-        torch._foreach_add_(old, new, alpha=weight)
+        for index, total in zip(indices, torch._foreach_add(old, new, alpha=weight), strict=True):
+            totals[index] = total
 
 
 def _detached(output: Any) -> Any:
