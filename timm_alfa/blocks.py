@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from .errors import BlockError
+from .paper_sets import PAPER_SETS, paper_set
 from .replay import has_forward
 from .trace import trace
 
-KEYWORDS = ("@last", "@stages")
+KEYWORDS = ("@last", "@stages", *PAPER_SETS)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def resolve_blocks(model: nn.Module, blocks: str | Sequence[str]) -> dict[str, n
     Args:
         model: Any module.
         blocks: Names as in ``model.named_modules()``; globs, in which ``*`` does not cross a dot (``blocks.*``);
-            ``@last`` (the last stage of ``feature_info``) and ``@stages`` (all of them).
+            ``@last`` (the last stage of ``feature_info``), ``@stages`` (all of them), and the paper's own sets,
+            see :mod:`timm_alfa.paper_sets`.
 
     Raises:
         BlockError: A name that does not exist (with the nearest ones), a glob that matches nothing, a container that
@@ -153,12 +155,14 @@ def _matches(name: str, pattern: str) -> bool:
 def _suggest(modules: dict[str, nn.Module], pattern: str) -> str:
     names = [name for name in modules if name and has_forward(modules[name])]
     nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[-3:]
-    return "did you mean " + ", ".join(map(repr, nearest)) + f", or one of {', '.join(KEYWORDS)}?"
+    return "did you mean " + ", ".join(map(repr, nearest)) + f", or one of {', '.join(KEYWORDS[:2])}?"
 
 
 def _keyword(model: nn.Module, keyword: str) -> list[str]:
     if keyword not in KEYWORDS:
         raise BlockError(f"{keyword!r} is no keyword; the keywords are {', '.join(KEYWORDS)}")
+    if keyword in PAPER_SETS:
+        return paper_set(model, keyword)
     stages = _stage_names(model)
     if not stages:
         raise BlockError(f"{keyword!r} needs a model with feature_info or a list of blocks; name its blocks instead")

@@ -245,7 +245,7 @@ class Replay:
     def needs_copy(self, key: tuple[str, int]) -> bool:
         """Whether somebody else writes into this output while a replay needs it as it was."""
         habit = self._habits.get(key)
-        return habit is None or bool(self._unwatched) or (habit.mutated and habit.read)
+        return habit is None or (habit.mutated and (habit.read or bool(self._unwatched)))
 
 
 @dataclass

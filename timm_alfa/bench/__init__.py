@@ -1,0 +1,1 @@
+"""Measurements: ``python -m timm_alfa.bench step`` for what a training step costs."""

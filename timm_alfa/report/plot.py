@@ -1,0 +1,125 @@
+"""``timm-alfa-plot RUN_DIR``: eta over epochs, as the paper's Figure 4, and the learning curves."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from .records import RunRecord, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ETA_PICTURE = "eta.png"
+CURVES_PICTURE = "curves.png"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the pictures of some runs into their folders, or another.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    parser = argparse.ArgumentParser(prog="timm-alfa-plot", description="Draw the pictures of runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder with a summary.csv")
+    parser.add_argument("--output", metavar="DIR", help="where to put the pictures (default: into each run's folder)")
+    args = parser.parse_args(argv)
+    try:
+        for run in args.runs:
+            for path in draw(run, args.output):
+                print(path)
+    except UsageError as error:
+        print(f"timm-alfa-plot: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def draw(run: str | Path, output: str | Path | None = None) -> list[Path]:
+    """Draw what a run's records show; returns the pictures' paths.
+
+    Raises:
+        UsageError: Not the folder of a run, or matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError('pictures need matplotlib: pip install "timm-alfa[plot]"') from None
+    record = read_run(run)
+    folder = Path(output) if output is not None else record.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [folder / CURVES_PICTURE]
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}):
+        _draw_curves(record, pictures[0])
+        if record.eta:
+            pictures.append(folder / ETA_PICTURE)
+            _draw_eta(record, pictures[1])
+    return pictures
+
+
+def _draw_curves(record: RunRecord, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, accuracy = figure.subplots(1, 2)
+    for name, label, style in (
+        ("train_loss_clean", "training, clean", "-"),
+        ("train_loss_adv", "training, adversarial", "--"),
+        ("train_loss", "training", "-"),
+        ("eval_loss", "validation", "-"),
+    ):
+        epochs, values = record.series(name)
+        if values and not (name == "train_loss" and record.series("train_loss_clean")[1]):
+            losses.plot(epochs, values, style, label=label, marker="." if len(values) < 30 else "")
+    losses.set(xlabel="epoch", ylabel="loss")
+    for name, label in (("eval_top1", "top-1"), ("eval_top5", "top-5")):
+        epochs, values = record.series(name)
+        if values:
+            accuracy.plot(epochs, values, label=label, marker="." if len(values) < 30 else "")
+    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    for axes in (losses, accuracy):
+        _integer_epochs(axes)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
+    figure.suptitle(_title(record))
+    figure.savefig(path)
+
+
+def _draw_eta(record: RunRecord, path: Path) -> None:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    steps_per_epoch = max(record.eta[-1][0] / len(record.epochs), 1) if record.epochs else 1
+    epochs = [row[0] / steps_per_epoch for row in record.eta]
+    count = len(record.eta_blocks)
+    for index, block in enumerate(record.eta_blocks):
+        values = [row[index + 1] for row in record.eta]
+        last = index == count - 1
+        color = "black" if last else colormaps["viridis"](index / max(count - 1, 1))
+        axes.plot(epochs, values, color=color, linewidth=2.2 if last else 1.2, label=block)
+        if last:
+            axes.annotate(f"{block} (last)", (epochs[-1], values[-1]), xytext=(-70, 24), textcoords="offset points",
+                          arrowprops={"arrowstyle": "->"})
+    axes.axhline(1 / count, color="0.6", linewidth=0.8, linestyle=":", label=f"1/{count}")
+    axes.set(xlabel="epoch", ylabel="eta", title=_title(record))
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+
+
+def _title(record: RunRecord) -> str:
+    args = record.args
+    parts = [str(args.get("model", record.folder.name))]
+    if args.get("alfa_blocks"):
+        parts.append("L-ALFA" if args.get("alfa_learnable") else "ALFA")
+        parts.append(f"PGD-{args.get('alfa_steps', 1)}")
+    return ", ".join(parts)
+
+
+def _integer_epochs(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
