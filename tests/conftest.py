@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Tests run in several processes on few cores, where threads of one process wait for those of another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings

@@ -6,7 +6,7 @@ running statistics and counters move only with the clean pass, and so do the buf
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -25,6 +25,7 @@ class Statistics:
     """
 
     def __init__(self, model: nn.Module):
+        self._model = model
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._others = [
             (module, name)
@@ -54,18 +55,41 @@ class Statistics:
         """Passes inside use batch statistics and leave every running statistic as it is."""
         # track_running_stats = False in training mode: batch statistics, nothing moves. momentum = 0 would still count.
         tracking = [norm for norm in self._norms if norm.training and norm.track_running_stats]
-        originals = [(module, name, _buffer((module, name))) for module, name in self._others]
         try:
             for norm in tracking:
                 norm.__dict__["track_running_stats"] = False
-            for module, name, buffer in originals:
-                module._buffers[name] = buffer.clone()
-            yield
+            with _copies(self._others):
+                yield
         finally:
             for norm in tracking:
                 norm.__dict__["track_running_stats"] = True
-            for module, name, buffer in originals:
-                module._buffers[name] = buffer
+
+    @contextmanager
+    def kept_in_recomputation(self) -> Iterator[None]:
+        """Around a walk of the clean graph that a plain step does not make.
+
+        With gradient checkpointing such a walk runs forwards again, which have to save what they saved the first time:
+        so statistics do move, but those of copies.
+        """
+        if not any(module.__dict__.get("grad_checkpointing") for module in self._model.modules()):
+            yield
+            return
+        norms = [(norm, name) for norm in self._norms for name, _ in norm.named_buffers(recurse=False)]
+        with _copies([*norms, *self._others]):
+            yield
+
+
+@contextmanager
+def _copies(owners: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Modules work on copies of some of their buffers."""
+    originals = [(module, name, _buffer((module, name))) for module, name in owners]
+    try:
+        for module, name, buffer in originals:
+            module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for module, name, buffer in originals:
+            module._buffers[name] = buffer
 
 
 def _buffer(owner: tuple[nn.Module, str]) -> Tensor:

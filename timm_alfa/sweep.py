@@ -191,7 +191,8 @@ class _Gradients:
         if self.mixed or not attacks_left:
             self._mix()
             if attacks_left:
-                _, at_cuts, _ = self._walk(cut.tensors, self.clean[cut.order], [], before, with_weights=False)
+                with self.alfa.extra_walk():
+                    _, at_cuts, _ = self._walk(cut.tensors, self.clean[cut.order], [], before, with_weights=False)
                 self._accumulate_cuts(self.clean, at_cuts, 1.0)
             _, at_cuts, at_weights = self._walk(cut.tensors, self.total[cut.order], [], before)
             _accumulate(self.of_weights, at_weights, 1.0)

@@ -245,5 +245,5 @@ def _norms(delta: Sequence[Tensor], feature: Sequence[Tensor]) -> Tensor:
     """[3]: mean over the batch of ||delta||_2 and ||delta||_inf, and rms(delta) / rms(f)."""
     l2 = l2_norms(delta)
     total = torch.stack([part.detach().float().square().sum() for part in feature]).sum()
-    ratio = l2.square().sum().sqrt() / total.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    ratio = l2.square().sum().sqrt() / total.sqrt()
     return torch.stack([l2.mean(), linf_norms(delta).mean(), ratio.to(l2)]).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -144,7 +144,7 @@ class AlfaWrapper(nn.Module):
         if all(parameter.grad is None for parameter in self.module.parameters()):
             self.eta.values.grad = None  # what a skipped step left goes with the weights' own gradients
         recording = self.record(input)
-        with recording.end.left_as_is():  # outside of the pass below: checkpointed parts compute again as they did
+        with recording.end.left_as_is(), self.extra_walk():
             gradients = self.clean_gradients(recording, target)
         with self.adversarial_pass(recording):
             deltas = {name: self.find_delta(recording, name, target, gradients.get(name)) for name in self.blocks}
@@ -201,6 +201,10 @@ class AlfaWrapper(nn.Module):
         """Around attacks and adversarial outputs: keeps the random state, and the statistics if ``bn`` says so."""
         with recording.end.left_as_is(), self._statistics.kept() if self.bn == "clean" else nullcontext():
             yield
+
+    def extra_walk(self) -> AbstractContextManager[None]:
+        """Around a walk of the clean graph that a plain step does not make."""
+        return self._statistics.kept_in_recomputation() if self.bn == "clean" else nullcontext()
 
     def clean_gradients(self, recording: Recording, target: Any) -> dict[str, list[Tensor]]:
         """d crit(model(x), y) / d f_i for every block at once: the gradient of the first step, as delta starts at 0."""
