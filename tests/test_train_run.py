@@ -99,6 +99,10 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(images: Path, tmp_path: Pa
     assert "Nothing left to do" in caplog.text
     assert _contents(parts) == before
 
+    (parts / "run" / "model.safetensors").unlink()  # as if killed between the last checkpoint and the export
+    main(_arguments(images, parts, f"{flags} --resume auto"))
+    assert (parts / "run" / "model.safetensors").exists()
+
 
 def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(images: Path, tmp_path: Path):
     main(_arguments(images, tmp_path, "--epochs 1 --val-split= --sched none"))

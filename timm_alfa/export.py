@@ -19,6 +19,8 @@ from timm_alfa.checkpoint_file import read_checkpoint
 
 __all__ = ["export_checkpoint", "export_model"]
 
+WEIGHTS_FILE = "model.safetensors"
+
 
 def export_model(
         model: nn.Module,
@@ -59,9 +61,9 @@ def export_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    write_file(folder / "model.safetensors", lambda file: file.write(data))
+    write_file(folder / WEIGHTS_FILE, lambda file: file.write(data))
     write_file(folder / "config.json", lambda file: file.write(_config(model, data_config)))
-    return folder / "model.safetensors"
+    return folder / WEIGHTS_FILE
 
 
 def export_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -19,13 +20,14 @@ from timm.utils.distributed import world_info_from_env
 
 from ..dryrun import dry_run
 from ..errors import UsageError
-from ..export import export_checkpoint
+from ..export import WEIGHTS_FILE, export_checkpoint
+from ..report.plot import draw
 from .args import parse_args
 from .assemble import Plan, assemble, check_inputs, list_blocks
 from .checkpoint import CheckpointError, TrainCheckpointSaver, gather_random_states
 from .evaluate import validate
 from .log import setup_logging
-from .loop import prepare_batch, train_one_epoch
+from .loop import ReportingTask, prepare_batch, train_one_epoch
 from .output import MetricLog, open_output, snapshot
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +94,9 @@ def train(args: argparse.Namespace) -> None:
         _train_and_export(plan, config)
     else:
         _logger.info(f"Nothing left to do: epoch {plan.start_epoch} of {plan.stop_epoch} is reached already.")
+        folder = Path(plan.resume_path).parent
+        if plan.resume_path and utils.is_primary(args) and not (folder / WEIGHTS_FILE).exists():
+            _export(plan, folder)  # the run was killed between its last checkpoint and the export
 
 
 def _train_and_export(plan: Plan, config: dict[str, Any]) -> None:
@@ -202,14 +207,21 @@ def _finish(plan: Plan, folder: Path, saver: TrainCheckpointSaver, results: list
     """Exports the best checkpoint, says where everything is, and prints the results as timm does."""
     if saver.best_metric is not None:
         _logger.info(f"*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})")
-    source = next((path for name in ("model_best", "last") if (path := folder / f"{name}.pth.tar").exists()), None)
-    if source is not None:
-        model = utils.unwrap_model(plan.run.task.get_eval_model())
-        export_checkpoint(source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config)
-        _logger.info(f"Checkpoints, summary.csv, args.yaml and model.safetensors (of {source.name}) are in {folder}")
+    _export(plan, folder)
+    if results and isinstance(plan.run.task, ReportingTask) and importlib.util.find_spec("matplotlib"):
+        _logger.info("Pictures: " + ", ".join(path.name for path in draw(folder)))
     ranked = sorted(
         results,
         key=lambda result: result.get("validation", result["train"]).get(plan.eval_metric, 0),
         reverse=plan.decreasing,
     )
     print(f"--result\n{json.dumps(ranked[-10:], indent=4)}", flush=True)
+
+
+def _export(plan: Plan, folder: Path) -> None:
+    """Leaves the best checkpoint as a plain timm model beside it."""
+    source = next((path for name in ("model_best", "last") if (path := folder / f"{name}.pth.tar").exists()), None)
+    if source is not None:
+        model = utils.unwrap_model(plan.run.task.get_eval_model())
+        export_checkpoint(source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config)
+        _logger.info(f"Checkpoints, summary.csv, args.yaml and {WEIGHTS_FILE} (of {source.name}) are in {folder}")
