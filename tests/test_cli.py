@@ -164,3 +164,18 @@ def test_table_of_blocks() -> None:
         _parse(), model, (3, 32, 32), torch.device("cpu")).splitlines())
     with pytest.raises(UsageError, match="--alfa-blocks layr4: no block is called 'layr4'"):
         describe_blocks(_parse("--alfa-blocks", "layr4"), model, (3, 32, 32), torch.device("cpu"))
+
+
+def test_checked_arguments_can_be_checked_again_as_a_saved_configuration_is() -> None:
+    args = _checked("--alfa-blocks", "layer4")
+    filled = argparse.Namespace(**vars(args))
+    check_arguments(filled)
+    assert filled == args
+
+
+def test_previews_can_be_left_out() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, previews=False)
+    args = vars(parser.parse_args([]))
+    assert "alfa_blocks" in args
+    assert not {"alfa_list_blocks", "alfa_dry_run"} & set(args)

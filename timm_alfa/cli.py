@@ -40,9 +40,13 @@ DEFAULTS: dict[str, Any] = {
 LEARNING = ("alfa_gamma", "alfa_eta_lr", "alfa_eta_set")  # without effect unless eta is learned
 
 
+def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> None:
+    """Add the method and its flags, in groups of their own.
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the method and its flags, in groups of their own."""
+    Args:
+        parser: Any parser.
+        previews: With ``--alfa-list-blocks`` and ``--alfa-dry-run``, for a program that acts on them.
+    """
     group = parser.add_argument_group("Method")
     group.add_argument("--method", default=None, choices=METHODS,
                        help="what to train with (default: standard, or alfa where --alfa-blocks is given)")
@@ -50,10 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--alfa-blocks", nargs="+", default=None, metavar="NAME",
                        help="blocks whose outputs are perturbed; switches ALFA on. Names, globs such as 'blocks.*', "
                             "@last or @stages")
-    group.add_argument("--alfa-list-blocks", action="store_true", default=False,
-                       help="print what --alfa-blocks can name for --model, and exit")
-    group.add_argument("--alfa-dry-run", action="store_true", default=False,
-                       help="resolve everything, run one step, print blocks, shapes and the cost, and exit")
+    if previews:
+        group.add_argument("--alfa-list-blocks", action="store_true", default=False,
+                           help="print what --alfa-blocks can name for --model, and exit")
+        group.add_argument("--alfa-dry-run", action="store_true", default=False,
+                           help="resolve everything, run one step, print blocks, shapes and the cost, and exit")
     group = parser.add_argument_group("ALFA: the attack")
     group.add_argument("--alfa-alpha", type=number, default=None, metavar="A",
                        help="step size in feature units, such as 0.002 or 0.5/255 (default: 0.5/255)")
@@ -121,8 +126,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag(given[0])} {getattr(args, given[0])}: has no effect without --alfa-blocks; "
                              "name blocks, such as --alfa-blocks @last")
         return
-    useless = [name for name in LEARNING if name in given and not args.alfa_learnable]
-    if useless:
+    # a default that is spelled out, as in the args.yaml of an earlier run, does no harm
+    useless = [name for name in LEARNING if name in given and getattr(args, name) != DEFAULTS[name]]
+    if useless and not args.alfa_learnable:
         raise UsageError(f"{flag(useless[0])} {getattr(args, useless[0])}: has no effect without --alfa-learnable")
     if args.alfa_blocks is None:
         args.alfa_blocks = ["@last"]
