@@ -1,7 +1,8 @@
 """Which statistics a pass reads and moves.
 
 In the adversarial passes batch norms use the batch's statistics, as in every training pass. With ``bn="clean"`` their
-running statistics and counters move only with the clean pass, and so do the buffers of other norms that keep some.
+running statistics and counters move only with the clean pass, and so do the buffers of other norms that keep some. With
+``bn="aux"`` they have statistics of their own, see :mod:`timm_alfa.aux_batchnorm`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-BatchNormMode = Literal["clean", "shared"]
-BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("clean", "shared")
+from .aux_batchnorm import AuxBranch
+
+BatchNormMode = Literal["clean", "shared", "aux"]
+BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("clean", "shared", "aux")
 
 
 class Statistics:
@@ -30,7 +33,7 @@ class Statistics:
         self._others = [
             (module, name)
             for module in model.modules()
-            if not isinstance(module, _BatchNorm)
+            if not isinstance(module, (_BatchNorm, AuxBranch))
             for name, _ in module.named_buffers(recurse=False)
         ]
         self._observed = False
@@ -63,6 +66,12 @@ class Statistics:
         finally:
             for norm in tracking:
                 norm.__dict__["track_running_stats"] = True
+
+    @contextmanager
+    def kept_outside_batch_norms(self) -> Iterator[None]:
+        """Passes inside move the batch norms' running statistics only."""
+        with _copies(self._others):
+            yield
 
     @contextmanager
     def kept_in_recomputation(self) -> Iterator[None]:

@@ -78,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> 
     group.add_argument("--alfa-grad", default=None, choices=GRADIENTS,
                        help="whether adversarial losses also train the layers before their block (default: full)")
     group.add_argument("--alfa-bn", default=None, choices=BATCH_NORM_MODES,
-                       help="whether adversarial passes move the running statistics too (default: clean, they do not)")
+                       help="whether adversarial passes move the running statistics too (shared), or have batch norms of "
+                            "their own (aux; default: clean, neither)")
     group = parser.add_argument_group("L-ALFA: learned strengths")
     group.add_argument("--alfa-learnable", action="store_true", default=False,
                        help="learn how strongly each block is perturbed (eta)")

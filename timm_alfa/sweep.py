@@ -99,7 +99,7 @@ class Sweep:
                 remaining.pop()
                 recording.forget(after=remaining[-1] if remaining else -1)
             if cut is not recording.cuts[0]:
-                gradients.walk_piece(cut, attacks_left=bool(remaining))
+                gradients.walk_piece(cut, attacks_left=bool(remaining) and alfa.starts_from_clean)
         if alfa.eta.learnable and self.gamma:
             l1 = l1_norm(alfa.eta.values)
             swept.eta_gradient += self.gamma * torch.autograd.grad(l1, alfa.eta.values)[0]
@@ -121,7 +121,7 @@ class Sweep:
         alfa, block = self.alfa, cut.block
         assert block is not None
         feature = recording.features[block]
-        delta = alfa.find_delta(recording, block, target, gradients.clean_at(cut) if alfa.init == "zero" else None)
+        delta = alfa.find_delta(recording, block, target, gradients.clean_at(cut) if alfa.starts_from_clean else None)
         if observe is not None:
             swept.observed[block] = observe(delta, feature.tensors)
         perturbed = [part.detach().requires_grad_() for part in alfa.perturbed(block, feature.tensors, delta)]
@@ -185,7 +185,7 @@ class _Gradients:
     def walk_piece(self, cut: Cut, attacks_left: bool) -> None:
         """From a cut down to the earlier ones; afterwards the piece of the graph in between is gone.
 
-        Attacks that are still to come need the clean loss's gradient by itself.
+        Attacks that are still to come, and start from the clean pass, need the clean loss's gradient by itself.
         """
         before = self.cuts.index(cut)
         if self.mixed or not attacks_left:

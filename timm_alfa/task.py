@@ -139,12 +139,14 @@ class AlfaTask(ClassificationTask):
         return result
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What a checkpoint needs besides the weights: the step count, and for L-ALFA eta with its momentum."""
+        """What a checkpoint needs besides the weights: the step count, eta with its momentum, auxiliary batch norms."""
         if ema:
             return {}
         state: dict[str, Any] = {"passes": self.alfa.passes}
         if self.alfa.eta.learnable:
             state["eta"] = self.alfa.eta.state_dict()
+        if self.alfa.aux is not None:
+            state["aux"] = self.alfa.aux.state_dict()
         return state
 
     def load_task_state(
@@ -157,16 +159,18 @@ class AlfaTask(ClassificationTask):
         """Continue from :meth:`get_task_state`; a checkpoint of plain training has none and starts afresh.
 
         Raises:
-            UsageError: eta was learned for another list of blocks.
+            UsageError: eta was learned for another list of blocks, or auxiliary batch norms are of another model.
         """
         if ema or not state:
             return
         self.alfa.passes = int(state.get("passes", 0))
-        if self.alfa.eta.learnable and "eta" in state:
-            try:
+        try:
+            if self.alfa.eta.learnable and "eta" in state:
                 self.alfa.eta.load_state_dict(state["eta"])
-            except ValueError as error:
-                raise UsageError(f"--resume: {error}") from None
+            if self.alfa.aux is not None and "aux" in state:
+                self.alfa.aux.load_state_dict(state["aux"])
+        except ValueError as error:
+            raise UsageError(f"--resume: {error}") from None
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
         """What a run should say at its start: the resolved blocks, their shapes and the share of FLOPs behind them."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import attack
 from .attack import INITS, NORMS, Init, Norm
+from .aux_batchnorm import AuxBatchNorms, norms_behind
 from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
 from .blocks import blank_input, resolve_blocks
 from .errors import BlockError
@@ -74,7 +75,9 @@ class AlfaWrapper(nn.Module):
             in [-eps, eps] (``"uniform"``).
         grad: ``"full"``: the adversarial terms also train what comes before the block (Eq. 3). ``"tail"``: the feature
             is detached, as in the released code; what reaches the loss around the block stays connected.
-        bn: ``"clean"``: running statistics move with the clean pass only. ``"shared"``: with every pass.
+        bn: ``"clean"``: running statistics move with the clean pass only. ``"shared"``: with every pass. ``"aux"``:
+            adversarial passes have affine parameters and statistics of their own, which the optimizer has to be built
+            after; they are no part of the ``state_dict`` (see ``aux``), and the first step costs a tail replay too.
         learnable: L-ALFA: eta is learned (Eq. 5). Otherwise eta is 1.
         eta_set: P, the set onto which eta is projected: ``"hyperplane"`` or ``"simplex"``.
         eta_lr: Learning rate of eta's own SGD, above 0; see :meth:`follow`.
@@ -127,6 +130,8 @@ class AlfaWrapper(nn.Module):
         self.bn: BatchNormMode = bn
         self.eta = Eta(self.blocks, learnable=learnable, eta_set=eta_set, lr=eta_lr)
         self.passes = 0  # how many training steps were made: random starts are drawn anew in each
+        self.aux = AuxBatchNorms(model) if bn == "aux" else None
+        self._aux_checked = False
         self._replay: Replay | None = Replay(model, modules)
         self._statistics = Statistics(model)
 
@@ -184,12 +189,17 @@ class AlfaWrapper(nn.Module):
             recording = trace_blocks.record((blank_input(self.module, input_size, batch_size=2),))
             for name, feature in recording.features.items():
                 trace_blocks.replay(recording, name, feature.rebuild(feature.tensors))
+        if self.aux is not None:
+            self.aux.keep_only(norms_behind(self.module, self.blocks, blank_input(self.module, input_size)))
 
     # The steps of a training forward, for those who arrange them differently.
 
     def record(self, input: Any, *, cut: Collection[str] = ()) -> Recording:
         """The clean pass, with its graph cut at the blocks in ``cut``."""
         replay = self._active_replay()
+        if self.aux is not None and not self._aux_checked:
+            norms_behind(self.module, self.blocks, input)
+            self._aux_checked = True
         with self._statistics.observed():
             recording = replay.record((input,), cut=cut)
         self.eta.to(next(iter(recording.features.values())).tensors[0].device)
@@ -199,16 +209,26 @@ class AlfaWrapper(nn.Module):
     @contextmanager
     def adversarial_pass(self, recording: Recording) -> Iterator[None]:
         """Around attacks and adversarial outputs: keeps the random state, and the statistics if ``bn`` says so."""
-        with recording.end.left_as_is(), self._statistics.kept() if self.bn == "clean" else nullcontext():
-            yield
+        with recording.end.left_as_is():
+            if self.aux is not None:
+                with self.aux.active(), self._statistics.kept_outside_batch_norms():
+                    yield
+            else:
+                with self._statistics.kept() if self.bn == "clean" else nullcontext():
+                    yield
+
+    @property
+    def starts_from_clean(self) -> bool:
+        """Whether the first step of an attack takes its gradient from the clean pass: delta = 0 must be that pass."""
+        return self.init == "zero" and self.aux is None
 
     def extra_walk(self) -> AbstractContextManager[None]:
         """Around a walk of the clean graph that a plain step does not make."""
-        return self._statistics.kept_in_recomputation() if self.bn == "clean" else nullcontext()
+        return self._statistics.kept_in_recomputation() if self.bn != "shared" else nullcontext()
 
     def clean_gradients(self, recording: Recording, target: Any) -> dict[str, list[Tensor]]:
         """d crit(model(x), y) / d f_i for every block at once: the gradient of the first step, as delta starts at 0."""
-        if self.init != "zero":
+        if not self.starts_from_clean:
             return {}
         tensors = [tensor for feature in recording.features.values() for tensor in feature.tensors]
         gradients = iter(self._gradient(recording.output, target, tensors, retain_graph=True))
@@ -253,7 +273,8 @@ class AlfaWrapper(nn.Module):
         else:
             delta = attack.zeros(feature.tensors)
         steps = self.steps - (first_gradient is not None)
-        return attack.perturb(gradient_at, delta, steps=steps, alpha=self.alpha, norm=self.norm, eps=self.eps)
+        with self._statistics.kept() if self.aux is not None else nullcontext():  # only what is trained on counts
+            return attack.perturb(gradient_at, delta, steps=steps, alpha=self.alpha, norm=self.norm, eps=self.eps)
 
     def adversarial_output(self, recording: Recording, name: str, delta: Sequence[Tensor]) -> Any:
         """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i."""
@@ -284,6 +305,8 @@ class AlfaWrapper(nn.Module):
     def remove(self) -> None:
         """Take everything off the model. Afterwards only ``alfa(input)`` works. May be called again."""
         self._replay = None
+        if self.aux is not None:
+            self.aux.remove()
 
     def _active_replay(self) -> Replay:
         if self._replay is None:
