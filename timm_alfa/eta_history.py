@@ -55,9 +55,9 @@ def read_history(folder: Path) -> tuple[list[str], list[list[float]]]:
     path = folder / FILE_NAME
     if not path.exists():
         return [], []
-    header, *rows = csv.reader(path.read_text().splitlines())
-    complete = [row for row in rows if len(row) == len(header)]
-    return header[1:], [[float(value) for value in row] for row in complete]
+    whole, _, _ = path.read_text().rpartition("\n")
+    header, *rows = csv.reader(whole.splitlines())
+    return header[1:], [[float(value) for value in row] for row in rows]
 
 
 def _csv(rows: Iterable[Sequence[object]]) -> str:

@@ -1,0 +1,126 @@
+"""What a user sees of a run: averages of what was measured, NaN where nothing was, and eta."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from toys import Nested, Small, batch
+
+from timm_alfa import AlfaTask, AlfaWrapper
+from timm_alfa.monitor import Monitor
+
+
+def monitor(**options: Any) -> Monitor:
+    return Monitor(AlfaWrapper(Small(), F.cross_entropy, ["stem", "block"], **options))
+
+
+def result(clean: float, adversarial: float, **by_block: float) -> dict[str, Any]:
+    return {
+        "loss_clean": torch.tensor(clean),
+        "loss_adv": torch.tensor(adversarial),
+        "loss_adv_by_block": {name: torch.tensor(value) for name, value in by_block.items()},
+    }
+
+
+def test_means_over_what_was_measured() -> None:
+    seen = monitor()
+    seen.add(result(1.0, 2.0, stem=1.5, block=2.5), {"stem": torch.tensor([1.0, 2.0, 3.0])})
+    seen.add(result(2.0, 5.0, block=4.5), {"stem": torch.tensor([3.0, 3.0, 3.0])})
+    metrics = seen.take()
+    assert {name: value for name, value in metrics.items() if not math.isnan(value)} == {
+        "loss_clean": 1.5, "loss_adv": 3.5, "loss_adv_stem": 1.5, "loss_adv_block": 3.5,
+        "delta_l2_stem": 2.0, "delta_linf_stem": 2.5, "delta_ratio_stem": 3.0,
+    }
+    assert [name for name, value in metrics.items() if math.isnan(value)] == [
+        "delta_l2_block", "delta_linf_block", "delta_ratio_block",
+    ]
+
+
+def test_the_keys_are_always_the_same_and_averages_start_anew() -> None:
+    seen = monitor(learnable=True)
+    empty = seen.take()
+    assert all(math.isnan(value) for name, value in empty.items() if not name.startswith("eta_"))
+    assert [empty["eta_stem"], empty["eta_block"]] == [0.5, 0.5]
+    seen.add(result(1.0, 2.0, stem=1.5, block=2.5), {})
+    assert list(seen.take()) == list(empty)
+    assert math.isnan(seen.take()["loss_clean"])
+
+
+def test_one_block_needs_no_loss_of_its_own() -> None:
+    seen = Monitor(AlfaWrapper(Small(), F.cross_entropy, ["block"]))
+    assert list(seen.take()) == [
+        "loss_clean", "loss_adv", "delta_l2_block", "delta_linf_block", "delta_ratio_block",
+    ]
+
+
+def test_text() -> None:
+    seen = monitor()
+    assert seen.text() == ""
+    seen.add(result(1.0, 2.0), {})
+    seen.add(result(2.0, 4.0), {})
+    assert seen.text() == "Clean: 2.00 (1.50)  Adv: 4.00 (3.00)"
+    learned = monitor(learnable=True)
+    learned.add(result(1.0, 2.0), {})
+    assert learned.text() == "Clean: 1.00 (1.00)  Adv: 2.00 (2.00)  Eta: 0.5000 0.5000"
+
+
+def test_norms_of_perturbations() -> None:
+    """With signs, every entry of delta is alpha unless its gradient is zero: l_inf is alpha, l2 alpha * sqrt(n)."""
+
+    class Smooth(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x).mean(dim=(2, 3)))
+
+    model = Smooth(nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 10))
+    task = AlfaTask(model, F.cross_entropy, ["0"], alpha=0.25, verbose=False)
+    images, target = batch(8, 5, dtype=torch.float32)
+    features = model[0](images)
+    task(images, target)
+    metrics = task.epoch_metrics()
+    count = features[0].numel()
+    assert metrics["delta_linf_0"] == pytest.approx(0.25)
+    assert metrics["delta_l2_0"] == pytest.approx(0.25 * count**0.5)
+    assert metrics["delta_ratio_0"] == pytest.approx(0.25 / features.square().mean().sqrt().item())
+
+
+def test_norms_of_several_tensors_count_together() -> None:
+    task = AlfaTask(Nested(), Nested.criterion, ["branches"], alpha=0.25, norm="l2", verbose=False)
+    task(*batch(8, 5, dtype=torch.float32))
+    assert task.epoch_metrics()["delta_l2_branches"] == pytest.approx(0.25)
+
+
+def test_norms_are_taken_in_every_tenth_step() -> None:
+    task = AlfaTask(Small(drop=0.0).train(), F.cross_entropy, ["block"], alpha=0.25, verbose=False)
+    images, target = batch(8, dtype=torch.float32)
+    measured = []
+    for _ in range(2 * Monitor.NORM_INTERVAL):
+        task(images, target)
+        measured.append(not math.isnan(task.epoch_metrics()["delta_l2_block"]))
+    assert measured == ([True] + [False] * (Monitor.NORM_INTERVAL - 1)) * 2
+
+
+def test_averages_are_those_of_the_steps() -> None:
+    model = Small(drop=0.0).train()
+    task = AlfaTask(model, F.cross_entropy, ["stem", "block"], alpha=0.05, learnable=True, verbose=False)
+    images, target = batch(8, dtype=torch.float32)
+    results = [task(images + index, target) for index in range(3)]
+    metrics = task.epoch_metrics()
+    for name in ("loss_clean", "loss_adv"):
+        assert metrics[name] == pytest.approx(sum(float(step[name]) for step in results) / 3, rel=1e-5)
+    for block in ("stem", "block"):
+        mean = sum(float(step["loss_adv_by_block"][block]) for step in results) / 3
+        assert metrics[f"loss_adv_{block}"] == pytest.approx(mean, rel=1e-5)
+    assert results[0]["eta"].tolist() == [0.5, 0.5]
+
+
+def test_evaluation_leaves_no_trace() -> None:
+    task = AlfaTask(Small().eval(), F.cross_entropy, ["block"], verbose=False)
+    with torch.no_grad():
+        task(*batch(8, dtype=torch.float32))
+    assert task.interval_text() == ""
+    assert math.isnan(task.epoch_metrics()["loss_clean"])
