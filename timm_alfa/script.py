@@ -1,0 +1,136 @@
+"""What the lines that :mod:`timm_alfa.patch` inserts call: ALFA inside timm's own ``train.py``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from timm.task import ClassificationTask
+from torch import nn
+
+from . import cli
+from .errors import UsageError
+from .train.loop import ReportingTask
+
+__all__ = ["add_arguments", "check_arguments", "epoch_metrics", "wrap_task"]
+
+_logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--method`` and the ``--alfa-*`` flags, without those that only ``train_alfa.py`` acts on."""
+    cli.add_arguments(parser, previews=False)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check the flags and fill in their defaults; a mistake ends the program with one line and exit code 2.
+
+    Args:
+        args: What the parser returned. Values may also come from a ``--config`` file, which timm hands to the parser
+            as they are: they are held to what the command line would take.
+    """
+    try:
+        _parse_again(args)
+        cli.check_arguments(args)
+        if args.method != "standard":
+            _refuse_conflicts(args)
+    except UsageError as error:
+        _fail(error)
+
+
+def wrap_task(
+        args: argparse.Namespace,
+        task: ClassificationTask,
+        data_config: Mapping[str, Any] | None = None,
+) -> ClassificationTask:
+    """The task to train with, in place of the one that the script created.
+
+    Args:
+        args: After :func:`check_arguments`.
+        task: timm's, just created: not compiled, not distributed, without EMA.
+        data_config: From ``timm.data.resolve_data_config``; with its ``input_size`` [C, H, W] blocks are tried out.
+
+    Returns:
+        ``task`` itself for ``--method standard``, else the method's, with the model and criterion of ``task``.
+    """
+    if args.method == "standard":
+        return task
+    input_size = None
+    if data_config is not None and not getattr(args, "naflex_loader", False):  # whose batches are not [B, C, H, W]
+        input_size = tuple(data_config["input_size"])
+    model = task.get_trainable_module()
+    assert model is not None  # a classification task has one
+    try:
+        if type(task) is not ClassificationTask:
+            raise UsageError(f"--method {args.method}: needs timm's ClassificationTask, not {type(task).__name__}")
+        wrapped = cli.create_task(
+            args,
+            model,
+            cast(nn.Module, task.criterion),
+            device=task.device,
+            dtype=task.dtype,
+            verbose=task.verbose,
+            input_size=input_size,
+        )
+    except UsageError as error:
+        _fail(error)
+    if task.verbose and input_size is not None and isinstance(wrapped, ReportingTask):
+        for line in wrapped.summary_lines(input_size):
+            _logger.info(line)
+    return wrapped
+
+
+def epoch_metrics(args: argparse.Namespace, task: ClassificationTask, folder: str | None) -> dict[str, float]:
+    """The method's metrics of an epoch, for its summary; eta of every step goes to ``eta.csv`` in ``folder``.
+
+    Args:
+        args: After :func:`check_arguments`.
+        task: From :func:`wrap_task`.
+        folder: Of the run; None on all ranks but the first. Every rank has to call.
+    """
+    if args.method == "standard" or not isinstance(task, ReportingTask):
+        return {}
+    task.write_history(None if folder is None else Path(folder))
+    return task.epoch_metrics()
+
+
+def _parse_again(args: argparse.Namespace) -> None:
+    """Spell our flags' values as a command line would, and parse that: wrong types and choices come out."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_arguments(parser)
+    words: list[str] = []
+    for action in parser._actions:
+        value, flag = getattr(args, action.dest), action.option_strings[-1]
+        if value is True and action.nargs == 0:
+            words.append(flag)
+        elif action.nargs == "+" and value is not None:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+        elif value is not None and value is not False:
+            words.append(f"{flag}={value}")
+    try:
+        parsed, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    if rest:
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
+    vars(args).update(vars(parsed))
+
+
+def _refuse_conflicts(args: argparse.Namespace) -> None:
+    for name, why in (
+        ("kd_model_name", "distillation has a task of its own"),
+        ("torchscript", "a scripted model's blocks cannot be reached"),
+    ):
+        value = getattr(args, name, None)
+        if value:
+            shown = cli.flag(name) if value is True else f"{cli.flag(name)} {value}"
+            raise UsageError(f"{shown}: does not go with --method {args.method}; {why}")
+
+
+def _fail(error: UsageError) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
