@@ -41,7 +41,7 @@ def draw(run: str | Path, output: str | Path | None = None) -> list[Path]:
     """Draw what a run's records show; returns the pictures' paths.
 
     Raises:
-        UsageError: Not the folder of a run, or matplotlib is missing.
+        UsageError: Not the folder of a run, matplotlib is missing, or the pictures cannot be written.
     """
     try:
         import matplotlib
@@ -49,13 +49,16 @@ def draw(run: str | Path, output: str | Path | None = None) -> list[Path]:
         raise UsageError('pictures need matplotlib: pip install "timm-alfa[plot]"') from None
     record = read_run(run)
     folder = Path(output) if output is not None else record.folder
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = [folder / CURVES_PICTURE]
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}):
-        _draw_curves(record, pictures[0])
-        if record.eta:
-            pictures.append(folder / ETA_PICTURE)
-            _draw_eta(record, pictures[1])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}):
+            _draw_curves(record, pictures[0])
+            if record.eta:
+                pictures.append(folder / ETA_PICTURE)
+                _draw_eta(record, pictures[1])
+    except OSError as error:
+        raise UsageError(f"{folder}: pictures cannot be written ({error.strerror or error})") from error
     return pictures
 
 
@@ -93,7 +96,8 @@ def _draw_eta(record: RunRecord, path: Path) -> None:
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    steps_per_epoch = max(record.eta[-1][0] / len(record.epochs), 1) if record.epochs else 1
+    # By the last epoch's number: with --val-interval not every epoch has a row.
+    steps_per_epoch = max(record.eta[-1][0] / (record.epochs[-1]["epoch"] + 1), 1) if record.epochs else 1
     epochs = [row[0] / steps_per_epoch for row in record.eta]
     count = len(record.eta_blocks)
     for index, block in enumerate(record.eta_blocks):

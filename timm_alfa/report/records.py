@@ -51,12 +51,14 @@ def read_run(folder: str | Path) -> RunRecord:
         with summary.open(newline="") as file:
             epochs = [_numbers(row) for row in csv.DictReader(file)]
         args_file = folder / "args.yaml"
-        args = yaml.safe_load(args_file.read_text()) if args_file.is_file() else {}
+        args = (yaml.safe_load(args_file.read_text()) or {}) if args_file.is_file() else {}
+        if not isinstance(args, dict):
+            raise ValueError(f"args.yaml holds no flags but {args!r}")
         blocks, eta = read_history(folder)
     except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
         names = f"summary.csv, args.yaml or {FILE_NAME}"
         raise UsageError(f"{folder}: {names} cannot be read ({str(error).splitlines()[0]})") from None
-    return RunRecord(folder, args or {}, [row for row in epochs if "epoch" in row], blocks, eta)
+    return RunRecord(folder, args, [row for row in epochs if "epoch" in row], blocks, eta)
 
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:
