@@ -44,7 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), default=None, help="autocast to this dtype")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="plain training compiled whole, the others in regions")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a fresh process per method)")
     parser.add_argument("--output", default=None, metavar="PATH", help="write PATH.json, PATH.md and PATH.png")
@@ -57,13 +56,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args = parser.parse_args(arguments)
+    if min(args.steps) < 1:
+        parser.error(f"--steps {' '.join(map(str, args.steps))}: expected whole numbers of at least 1")
+    for name in ("rounds", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a whole number of at least 1")
+    if not timm.is_model(args.model):
+        parser.error(f"--model {args.model}: timm has no such model")
     if args.threads:
         torch.set_num_threads(args.threads)
     model, images, target = _prepare(args)
     try:
-        variants = select(args, list(resolve_blocks(model, args.blocks)))
+        blocks = list(resolve_blocks(model, args.blocks))
     except BlockError as error:
         parser.error(f"--blocks {' '.join(args.blocks)}: {error}")
+    if args.l_alfa and len(blocks) < 2:
+        parser.error(f"--l-alfa: needs several blocks to weigh against each other, found --blocks {blocks[0]}")
+    variants = select(args, blocks)
     if args.measure_memory_of is not None:
         step = _step(args, next(v for v in variants if v.name == args.measure_memory_of), model, images, target)
         print(peak_memory(step, torch.device(args.device)))
@@ -97,7 +106,7 @@ def select(args: argparse.Namespace, blocks: list[str]) -> list[Variant]:
         variants += [alfa([block], steps=steps) for block in blocks]
         if args.released:
             variants += [released([block], steps=steps) for block in blocks]
-        if args.l_alfa and len(blocks) > 1:
+        if args.l_alfa:
             variants.append(alfa(blocks, steps=steps, learnable=True))
             variants.append(alfa(blocks, steps=steps, learnable=True, sample_blocks=1))
             if args.released:
