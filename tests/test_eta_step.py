@@ -248,6 +248,28 @@ def test_a_skipped_step_of_the_loss_scaler_moves_neither_weights_nor_eta() -> No
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_eta_survives_an_overflow_whose_gradients_linger(late: bool) -> None:
+    """Gradients that are zeroed rather than dropped, or only after the forward, do not show that a step was skipped."""
+    task, images, target = small()
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for index in range(4):
+        if not late:
+            optimizer.zero_grad(set_to_none=False)
+        loss = task(images * (float("inf") if index == 1 else 1.0), target)["loss"]
+        if late:
+            optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        before = eta_of(task)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == (1024 if index == 0 else 512)
+        assert sum(eta_of(task)) == pytest.approx(1)  # and so finite
+        if index != 2:  # the step after the skipped one may be lost on eta
+            assert (eta_of(task) == before) == (index == 1)
+
+
 class Fused(torch.optim.SGD):
     """Like a fused optimizer on an accelerator: the scaler steps it whatever happened, and it looks for itself."""
 

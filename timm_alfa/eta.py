@@ -94,15 +94,17 @@ class Eta:
         return self
 
     def step(self, gradient: Tensor) -> None:
-        """One SGD step with momentum, then the projection onto P.
+        """One SGD step with momentum, then the projection onto P. A gradient that is not finite moves nothing.
 
         Args:
             gradient: Of the objective with respect to eta, [r].
         """
         with torch.no_grad():
-            self.velocity.mul_(self.momentum).add_(gradient.to(self.velocity))
-            moved = self.values - self.lr * self.velocity
-            self.values.copy_(PROJECTIONS[self.eta_set](moved))
+            velocity = self.momentum * self.velocity + gradient.to(self.velocity)
+            moved = PROJECTIONS[self.eta_set](self.values - self.lr * velocity)
+            finite = moved.isfinite().all()  # not asked for by the host, which would have to wait for the device
+            self.velocity.copy_(torch.where(finite, velocity, self.velocity))
+            self.values.copy_(torch.where(finite, moved, self.values))
 
     def state_dict(self) -> dict[str, Any]:
         """Names, values and momentum, safe for ``torch.load(weights_only=True)``."""

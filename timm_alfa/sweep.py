@@ -130,8 +130,9 @@ class Sweep:
         swept.loss = swept.loss + weight * swept.adversarial[block]
         at_feature = gradients.walk_adversarial(loss, perturbed, cut, weight)
         if alfa.eta.learnable:
-            slope = torch.stack([(g.double() * d.double()).sum() for g, d in zip(at_feature, delta, strict=True)]).sum()
-            swept.eta_gradient[alfa.blocks.index(block)] += (weight * slope / gradients.scale).to(swept.eta_gradient)
+            wide = swept.eta_gradient.dtype  # float64 where the device has it
+            slope = torch.stack([(g.to(wide) * d.to(wide)).sum() for g, d in zip(at_feature, delta, strict=True)]).sum()
+            swept.eta_gradient[alfa.blocks.index(block)] += weight * slope / gradients.scale
 
     def _scale_for(self, output: Any) -> Tensor | float:
         """float16 gradients underflow unless the loss is scaled as the training loop scales it."""
