@@ -1,4 +1,4 @@
-"""The ``--alfa-*`` flags: add them to any parser, check what came, build the task."""
+"""``--method`` and the ``--alfa-*`` flags: add them to any parser, check what came, build the task."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from .batchnorm import BATCH_NORM_MODES
 from .blocks import format_blocks, list_blocks, resolve_blocks
 from .errors import BlockError, UsageError
 from .eta import ETA_SETS
+from .flags import number
+from .flags import spelled as flag
 from .loss import REDUCTIONS
+from .peers import methods as peers
 from .task import AlfaTask
 from .wrapper import GRADIENTS
 
-METHODS = ("standard", "alfa")
+METHODS = ("standard", "alfa", *peers.METHODS)
 
 # What a flag means when it is left out. The parser's own defaults are None, so that a flag without effect is noticed.
 DEFAULTS: dict[str, Any] = {
@@ -78,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> 
     group.add_argument("--alfa-grad", default=None, choices=GRADIENTS,
                        help="whether adversarial losses also train the layers before their block (default: full)")
     group.add_argument("--alfa-bn", default=None, choices=BATCH_NORM_MODES,
-                       help="whether adversarial passes move the running statistics too (shared), or have batch norms of "
-                            "their own (aux; default: clean, neither)")
+                       help="whether adversarial passes move the running statistics too (shared), or have batch norms "
+                            "of their own (aux; default: clean, neither)")
     group = parser.add_argument_group("L-ALFA: learned strengths")
     group.add_argument("--alfa-learnable", action="store_true", default=False,
                        help="learn how strongly each block is perturbed (eta)")
@@ -91,16 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> 
                        help="where eta lives: sum 1, or sum 1 and no negative entry (default: hyperplane)")
     group.add_argument("--alfa-sample-blocks", type=int, default=None, metavar="N",
                        help="perturb N of the blocks per step, drawn at random and weighted accordingly (default: all)")
-
-
-def number(text: str) -> float:
-    """A number or a fraction such as 0.5/255."""
-    numerator, slash, denominator = str(text).partition("/")
-    try:
-        value = float(numerator) / (float(denominator) if slash else 1.0)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 0.5/255, found {text!r}") from None
-    return value
+    peers.add_arguments(parser)
 
 
 def is_enabled(args: argparse.Namespace) -> bool:
@@ -117,6 +111,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     given = [name for name in DEFAULTS if getattr(args, name) is not None]
     if args.method is None:
         args.method = "standard" if args.alfa_blocks is None else "alfa"
+    peers.check_arguments(args)
     if args.method != "alfa":
         if args.alfa_learnable:
             raise UsageError("--alfa-learnable: has no effect without --alfa-blocks; name blocks, such as @stages")
@@ -171,6 +166,8 @@ def create_task(
     Raises:
         UsageError: A block does not resolve or cannot be perturbed.
     """
+    if args.method in peers.METHODS:
+        return peers.create_task(args, model, criterion, device=device, dtype=dtype, verbose=verbose)
     if not is_enabled(args):
         return ClassificationTask(model, criterion, device=device, dtype=dtype, verbose=verbose)
     try:
@@ -230,11 +227,6 @@ def describe_blocks(
     ]
     legend = "* a stage of feature_info: @stages, the last of them @last. Modules deeper inside can be named too."
     return f"{format_blocks(infos, marked)}\n{legend}"
-
-
-def flag(name: str) -> str:
-    """``alfa_steps`` -> ``--alfa-steps``."""
-    return "--" + name.replace("_", "-")
 
 
 def _expect(args: argparse.Namespace, name: str, expected: str, holds: Any) -> None:

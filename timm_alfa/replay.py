@@ -207,7 +207,7 @@ class Replay:
         pass_ = _ReplayPass(self, recording, block, value, detach, watch)
         recording.start.restore()
         stance = torch.compiler.set_stance("force_eager") if watch else nullcontext()  # operations are watched
-        with _intercept(pass_.regions, pass_), _without_checkpointing(self.model), stance, pass_.reads:
+        with _intercept(pass_.regions, pass_), without_checkpointing(self.model), stance, pass_.reads:
             output = self.model(*recording.args, **recording.kwargs)
         if not pass_.reached:
             raise BlockError(f"block {block!r} ran in the clean pass but not in its replay")
@@ -500,7 +500,7 @@ def _contains(module: nn.Module, other: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Replays keep what their tails compute: a recomputation in backward would not see the perturbation."""
     enabled = [module for module in model.modules() if module.__dict__.get("grad_checkpointing")]
     try:

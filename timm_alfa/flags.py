@@ -1,0 +1,107 @@
+"""Flags as data: a method lists its flags, and these functions add, check and fill them in."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a method.
+
+    Args:
+        name: As an attribute, ``advprop_eps``.
+        default: What leaving it out means. The parser's default is None (False for switches), so that a flag without
+            effect is noticed.
+        help: For ``--help``, without the default.
+        type: Turns text into the value; ``bool`` makes a switch.
+        choices: The only values, if there are few.
+        nargs: As for argparse.
+        expected: What a right value is, for the error; with ``valid``.
+        valid: Whether a value is right.
+    """
+
+    name: str
+    default: Any
+    help: str
+    type: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+    nargs: str | None = None
+    expected: str = ""
+    valid: Callable[[Any], bool] = lambda value: True
+
+
+def number(text: str) -> float:
+    """A number or a fraction such as 0.5/255."""
+    numerator, slash, denominator = str(text).partition("/")
+    try:
+        value = float(numerator) / (float(denominator) if slash else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 0.5/255, found {text!r}") from None
+    return value
+
+
+def spelled(name: str) -> str:
+    """``alfa_steps`` -> ``--alfa-steps``."""
+    return "--" + name.replace("_", "-")
+
+
+def at_least_zero(value: float) -> bool:
+    """Finite and not negative."""
+    return math.isfinite(value) and value >= 0
+
+
+def above_zero(value: float) -> bool:
+    """Finite and positive."""
+    return math.isfinite(value) and value > 0
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> None:
+    """Add a method's flags to a parser, in a group of their own."""
+    group = parser.add_argument_group(title)
+    for flag in flags:
+        if flag.type is bool:
+            group.add_argument(spelled(flag.name), action="store_true", default=False, help=flag.help)
+            continue
+        shown = "none" if flag.default is None else f"{flag.default:g}" if flag.type is number else flag.default
+        metavar = None if flag.choices else flag.name.rpartition("_")[2].upper()
+        group.add_argument(
+            spelled(flag.name), default=None, type=flag.type, choices=flag.choices, nargs=flag.nargs, metavar=metavar,
+            help=f"{flag.help} (default: {shown})",
+        )
+
+
+def refuse_flags(args: argparse.Namespace, flags: Sequence[Flag], needed: str) -> None:
+    """Raise `UsageError` for a flag that was given though its method is off.
+
+    Args:
+        args: The command line.
+        flags: The method's.
+        needed: What would give them an effect, such as ``--method advprop``.
+    """
+    for flag in flags:
+        value = getattr(args, flag.name)
+        if value is not None and value is not False:
+            raise UsageError(f"{_shown(flag, value)}: has no effect without {needed}")
+
+
+def fill_flags(args: argparse.Namespace, flags: Sequence[Flag]) -> None:
+    """Put the defaults in, then raise `UsageError` for the first value that cannot be."""
+    for flag in flags:
+        if getattr(args, flag.name) is None:
+            setattr(args, flag.name, flag.default)
+        value = getattr(args, flag.name)
+        if value is not None and not flag.valid(value):
+            raise UsageError(f"{_shown(flag, value)}: expected {flag.expected}")
+
+
+def _shown(flag: Flag, value: Any) -> str:
+    if value is True:
+        return spelled(flag.name)
+    return f"{spelled(flag.name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -1,0 +1,59 @@
+"""The values of ``--method`` that are peers of ALFA, each with its flags and what builds its task."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from timm.task import ClassificationTask
+from torch import nn
+
+from ..flags import Flag, add_flags, fill_flags, refuse_flags
+from . import advprop
+
+
+class Method(NamedTuple):
+    """A value of ``--method``: title of its group of flags, the flags, and (args, model, criterion, ...) -> task."""
+
+    title: str
+    flags: Sequence[Flag]
+    build: Callable[..., ClassificationTask]
+
+
+METHODS: dict[str, Method] = {
+    "advprop": Method("AdvProp: perturbed pixels, auxiliary batch norms", advprop.FLAGS, advprop.build),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add every method's group of flags."""
+    for method in METHODS.values():
+        add_flags(parser, method.title, method.flags)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check the flags of ``args.method`` and fill in their defaults.
+
+    Raises:
+        UsageError: A value cannot be, or a flag was given whose method is off.
+    """
+    for name, method in METHODS.items():
+        if name == args.method:
+            fill_flags(args, method.flags)
+        else:
+            refuse_flags(args, method.flags, f"--method {name}")
+
+
+def create_task(
+        args: argparse.Namespace,
+        model: nn.Module,
+        criterion: nn.Module | None,
+        **common: Any,
+) -> ClassificationTask:
+    """The task of ``args.method``; ``common`` holds device, dtype and verbose.
+
+    Raises:
+        UsageError: The method does not go with the model.
+    """
+    return METHODS[args.method].build(args, model, criterion, **common)

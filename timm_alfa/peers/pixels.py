@@ -1,0 +1,167 @@
+"""Perturbed images: eps, alpha and steps in pixel values, for images that the data loader normalised."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
+from torch import Tensor, nn
+
+from .. import attack
+from ..attack import Init
+from ..flags import above_zero, at_least_zero
+from ..randomness import RandomState
+from ..wrapper import FLOAT16_SCALE, AlfaWrapper
+
+AttackMode = Literal["train", "eval"]
+ATTACK_MODES: tuple[AttackMode, ...] = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class PixelAttack:
+    """l_inf PGD on images [B, C, H, W] that were normalised as (pixel - mean) / std, pixels in [0, 1].
+
+    Sizes are in 1/255 of the [0, 1] image. Per channel they become eps / std of the normalised image, and perturbed
+    pixels stay in [(0 - mean) / std, (1 - mean) / std]; a pixel that was outside before (noise of random erasing) is
+    not moved further out.
+
+    Args:
+        eps: Radius of the ball, at least 0.
+        alpha: Step size, above 0.
+        steps: How many, at least 1.
+        mean: Per channel; a single value stands for all.
+        std: Per channel, above 0.
+        init: Start at the image, or uniformly in the ball.
+        targeted: Step towards another class, drawn per image, rather than away from the true one.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    eps: float
+    alpha: float
+    steps: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    init: Init = "zero"
+    targeted: bool = False
+
+    def __post_init__(self) -> None:
+        if not at_least_zero(self.eps):
+            raise ValueError(f"eps: expected a finite radius of at least 0, in 1/255, found {self.eps}")
+        if not above_zero(self.alpha):
+            raise ValueError(f"alpha: expected a finite step size above 0, in 1/255, found {self.alpha}")
+        if self.steps < 1:
+            raise ValueError(f"steps: expected a whole number of at least 1, found {self.steps}")
+        if self.init not in attack.INITS:
+            raise ValueError(f"init: expected one of {', '.join(attack.INITS)}, found {self.init!r}")
+        if not all(above_zero(value) for value in self.std):
+            raise ValueError(f"std: expected finite values above 0, found {self.std}")
+
+    def __call__(
+            self,
+            model: nn.Module,
+            criterion: Any,
+            images: Tensor,
+            target: Tensor,
+            generator: torch.Generator | None = None,
+            masks: RandomState | None = None,
+    ) -> Tensor:
+        """The perturbed images, detached, in the dtype of ``images``. Only gradients of images are computed.
+
+        Args:
+            model: Used in the mode and with the norms that it has now.
+            criterion: (output, target) -> scalar.
+            images: [B, C, H, W], normalised.
+            target: [B] class indices, or [B, num_classes].
+            generator: For the random start and the classes drawn, on the images' device.
+            masks: Random state that every step starts from, so that all see the same dropout masks; moved on after.
+        """
+        images = images.detach()
+        mean, std = self._per_channel(self.mean, images), self._per_channel(self.std, images)
+        low = torch.minimum((0 - mean) / std - images, images.new_zeros(()))
+        high = torch.maximum((1 - mean) / std - images, images.new_zeros(()))
+        eps, alpha = self.eps / 255 / std, self.alpha / 255 / std
+        drawn: list[Tensor] = []
+
+        def gradient_at(delta: list[Tensor]) -> list[Tensor]:
+            leaf = (images + delta[0]).to(images.dtype).requires_grad_()
+            if masks is not None:
+                masks.restore()
+            output = model(leaf)
+            if isinstance(output, (tuple, list)):
+                output = output[0]
+            if self.targeted and not drawn:
+                drawn.append(other_classes(target, output.shape[-1], generator))
+            loss = -criterion(output, drawn[0]) if self.targeted else criterion(output, target)
+            if AlfaWrapper.is_float16(output):
+                loss = loss.float() * FLOAT16_SCALE
+            with torch.autocast(images.device.type, enabled=False):
+                return list(torch.autograd.grad(loss, [leaf]))
+
+        start = attack.zeros([images])
+        if self.init == "uniform":
+            start = valid(attack.uniform([images], eps, generator), low, high)
+        with weights_frozen(model):
+            (delta,) = attack.perturb(
+                gradient_at, start, steps=self.steps, alpha=alpha, eps=eps, valid=lambda parts: valid(parts, low, high)
+            )
+        return (images + delta).to(images.dtype)
+
+    @classmethod
+    def for_model(cls, args: argparse.Namespace, model: nn.Module, **settings: Any) -> PixelAttack:
+        """An attack on what the data loader makes of images for this model and these flags (``--mean``, ``--std``)."""
+        config = resolve_data_config(vars(args), model=model, verbose=False)
+        return cls(mean=tuple(config["mean"]), std=tuple(config["std"]), **settings)
+
+    def describe(self) -> str:
+        """For the log."""
+        towards = ", targeted" if self.targeted else ""
+        return f"PGD-{self.steps}, eps {self.eps:g}/255, alpha {self.alpha:g}/255, {self.init} start{towards}"
+
+    @staticmethod
+    def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
+        adapted = adapt_to_chs(values, images.shape[1])
+        return torch.tensor(adapted, device=images.device, dtype=attack.working_dtype(images.dtype)).view(-1, 1, 1)
+
+
+def valid(delta: list[Tensor], low: Tensor, high: Tensor) -> list[Tensor]:
+    """The perturbation, cut so that no pixel leaves the range that low and high leave it."""
+    return [part.maximum(low).minimum(high) for part in delta]
+
+
+def other_classes(target: Tensor, num_classes: int, generator: torch.Generator | None = None) -> Tensor:
+    """For each image a class, drawn uniformly, that is not its own; in the form that ``target`` has.
+
+    Args:
+        target: [B] class indices, or [B, num_classes] whose largest entry counts as the image's class.
+        num_classes: At least 2.
+        generator: On the target's device.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes: expected at least 2 for a class other than the true one, found {num_classes}")
+    own = target if target.dim() == 1 else target.argmax(dim=1)
+    step = torch.randint(1, num_classes, own.shape, device=own.device, generator=generator)
+    other = (own + step) % num_classes
+    if target.dim() == 1:
+        return other
+    return nn.functional.one_hot(other, num_classes).to(target.dtype)
+
+
+@contextmanager
+def weights_frozen(model: nn.Module) -> Iterator[None]:
+    """Forwards inside keep nothing for gradients of weights, and compiled ones do not compute any."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
