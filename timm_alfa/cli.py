@@ -167,7 +167,9 @@ def create_task(
         UsageError: A block does not resolve or cannot be perturbed.
     """
     if args.method in peers.METHODS:
-        return peers.create_task(args, model, criterion, device=device, dtype=dtype, verbose=verbose)
+        return peers.create_task(
+            args, model, criterion, device=device, dtype=dtype, verbose=verbose, input_size=input_size
+        )
     if not is_enabled(args):
         return ClassificationTask(model, criterion, device=device, dtype=dtype, verbose=verbose)
     try:

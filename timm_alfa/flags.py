@@ -69,7 +69,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]
         if flag.type is bool:
             group.add_argument(spelled(flag.name), action="store_true", default=False, help=flag.help)
             continue
-        shown = "none" if flag.default is None else f"{flag.default:g}" if flag.type is number else flag.default
+        shown = "none" if flag.default is None else f"{flag.default:.4g}" if flag.type is number else flag.default
+        shown = " ".join(shown) if isinstance(shown, list) else shown
         metavar = None if flag.choices else flag.name.rpartition("_")[2].upper()
         group.add_argument(
             spelled(flag.name), default=None, type=flag.type, choices=flag.choices, nargs=flag.nargs, metavar=metavar,

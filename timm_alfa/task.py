@@ -50,6 +50,8 @@ class AlfaTask(ClassificationTask):
         ValueError, TypeError: An argument is out of its range. BlockError: A block does not resolve.
     """
 
+    wrapper_type = AlfaWrapper  # what finds the perturbations
+
     def __init__(
             self,
             model: nn.Module,
@@ -77,7 +79,7 @@ class AlfaTask(ClassificationTask):
             verbose: bool = True,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        alfa = AlfaWrapper(
+        alfa = self.wrapper_type(
             model, self.criterion, blocks, alpha=alpha, steps=steps, eps=eps, norm=norm, init=init, grad=grad, bn=bn,
             learnable=learnable, eta_set=eta_set, eta_lr=eta_lr,
         )

@@ -10,6 +10,8 @@ Example::
 """
 
 from .advprop import AdvPropTask
+from .noise import NoiseTask
+from .pgd_at import PgdTask
 from .pixels import PixelAttack
 
-__all__ = ["AdvPropTask", "PixelAttack"]
+__all__ = ["AdvPropTask", "NoiseTask", "PgdTask", "PixelAttack"]

@@ -162,7 +162,14 @@ class AdvPropTask(AuxTask):
         ]
 
 
-def build(args: argparse.Namespace, model: nn.Module, criterion: nn.Module | None, **common: Any) -> AdvPropTask:
+def build(
+        args: argparse.Namespace,
+        model: nn.Module,
+        criterion: nn.Module | None,
+        *,
+        input_size: tuple[int, int, int] | None,
+        **common: Any,
+) -> AdvPropTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
     attack = PixelAttack.for_model(
         args, model, eps=args.advprop_eps, alpha=args.advprop_alpha, steps=args.advprop_steps, init=args.advprop_init,

@@ -33,6 +33,8 @@ class PeerTask(ClassificationTask):
         verbose: Log what the task does.
     """
 
+    reported: tuple[str, ...] = ("loss_clean", "loss_adv")
+
     def __init__(
             self,
             model: nn.Module,
@@ -62,7 +64,7 @@ class PeerTask(ClassificationTask):
             target: [B] or [B, num_classes].
 
         Returns:
-            ``loss`` with its graph, and detached ``output`` (clean), ``loss_clean``, ``loss_adv``.
+            ``loss`` with its graph, and detached ``output`` and whatever losses :attr:`reported` names.
         """
         raise NotImplementedError
 
@@ -88,12 +90,11 @@ class PeerTask(ClassificationTask):
         if not (self.__dict__["model"].training and torch.is_grad_enabled()):
             output = self.__dict__["step"].module(input)
             loss = self.criterion(output, target)
-            clean = loss.detach().clone()
-            return {"loss": loss, "output": output, "loss_clean": clean, "loss_adv": clean.clone()}
+            return {"loss": loss, "output": output, **{name: loss.detach().clone() for name in self.reported}}
         distributed = isinstance(self.trainable_module, DistributedDataParallel)
         result: dict[str, Tensor] = (self.trainable_module if distributed else self.__dict__["step"])(input, target)
         self.passes += 1
-        self._last = torch.stack([result["loss_clean"], result["loss_adv"]]).float()
+        self._last = torch.stack([result[name] for name in self.reported]).float()
         self._sum = self._last if self._sum is None else self._sum + self._last
         self._count += 1
         return result
@@ -132,16 +133,18 @@ class PeerTask(ClassificationTask):
         if self._last is None or self._sum is None:
             return ""
         last, mean = self._last.tolist(), (self._sum / self._count).tolist()
-        return f"Clean: {last[0]:#.3g} ({mean[0]:#.3g})  Adv: {last[1]:#.3g} ({mean[1]:#.3g})"
+        titles = [name.removeprefix("loss_").capitalize() for name in self.reported]
+        return "  ".join(f"{t}: {value:#.3g} ({m:#.3g})" for t, value, m in zip(titles, last, mean, strict=True))
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Averages of ``loss_clean`` and ``loss_adv`` since the last call, over all ranks (every rank has to call)."""
-        mean = torch.full((2,), torch.nan, device=self.device) if self._sum is None else self._sum / self._count
+        """Averages of the losses since the last call, over all ranks (every rank has to call)."""
+        nothing = torch.full((len(self.reported),), torch.nan, device=self.device)
+        mean = nothing if self._sum is None else self._sum / self._count
         self._sum, self._last, self._count = None, None, 0
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        return dict(zip(("loss_clean", "loss_adv"), mean.tolist(), strict=True))
+        return dict(zip(self.reported, mean.tolist(), strict=True))
 
     def write_history(self, folder: Path | None) -> None:
         """Nothing is recorded step by step."""

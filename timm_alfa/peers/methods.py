@@ -10,7 +10,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from ..flags import Flag, add_flags, fill_flags, refuse_flags
-from . import advprop
+from . import advprop, noise, pgd_at
 
 
 class Method(NamedTuple):
@@ -23,6 +23,8 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "advprop": Method("AdvProp: perturbed pixels, auxiliary batch norms", advprop.FLAGS, advprop.build),
+    "noise": Method("Random noise on features", noise.FLAGS, noise.build),
+    "pgd-at": Method("PGD adversarial training", pgd_at.FLAGS, pgd_at.build),
 }
 
 
@@ -51,7 +53,7 @@ def create_task(
         criterion: nn.Module | None,
         **common: Any,
 ) -> ClassificationTask:
-    """The task of ``args.method``; ``common`` holds device, dtype and verbose.
+    """The task of ``args.method``; ``common`` holds device, dtype, verbose and input_size.
 
     Raises:
         UsageError: The method does not go with the model.

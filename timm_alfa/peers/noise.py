@@ -1,0 +1,126 @@
+"""Random noise on features: ALFA's objective with N(0, sigma^2) in place of the perturbation (the paper's Table 7)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import attack
+from ..batchnorm import BATCH_NORM_MODES, BatchNormMode
+from ..errors import BlockError, UsageError
+from ..flags import Flag, at_least_zero, number
+from ..loss import REDUCTIONS, Reduction
+from ..replay import Recording
+from ..task import AlfaTask
+from ..wrapper import GRADIENTS, AlfaWrapper, Gradient
+
+FLAGS = (
+    Flag("noise_blocks", ["@last"], "blocks whose outputs get noise, named as for --alfa-blocks", nargs="+"),
+    Flag("noise_sigma", 0.5 / 255, "standard deviation, in feature units", number,
+         expected="a finite number of at least 0", valid=at_least_zero),
+    Flag("noise_lambda", 1.0, "weight of the losses with noise", number, expected="a finite weight of at least 0",
+         valid=at_least_zero),
+    Flag("noise_reduction", "sum", "add the losses with noise, or average them with the clean one", choices=REDUCTIONS),
+    Flag("noise_grad", "full", "whether they also train the layers before their block", choices=GRADIENTS),
+    Flag("noise_bn", "clean", "as --alfa-bn", choices=BATCH_NORM_MODES),
+)
+
+
+class NoiseWrapper(AlfaWrapper):
+    """Perturbs features at random; tail passes, objective and batch norm are those of :class:`AlfaWrapper`."""
+
+    sigma = 0.0
+
+    @property
+    def starts_from_clean(self) -> bool:
+        """Noise needs no gradient."""
+        return False
+
+    def find_delta(
+            self,
+            recording: Recording,
+            name: str,
+            target: Any,
+            first_gradient: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """N(0, sigma^2), drawn anew in every step and for every block; the global random state stays as it is."""
+        parts = attack.zeros(recording.features[name].tensors)
+        generator = torch.Generator(parts[0].device)
+        index = self.blocks.index(name)
+        generator.manual_seed((torch.initial_seed() + 1_000_003 * self.passes + 7_919 * index) % 2**63)
+        return [part.normal_(0, 1, generator=generator) * self.sigma for part in parts]
+
+
+class NoiseTask(AlfaTask):
+    """crit(model(x), y) + lam * sum_i crit(T_i(f_i + noise_i), y).
+
+    Args:
+        model, criterion, blocks, criterion_kwargs, lam, reduction, grad, bn, device, dtype, verbose: See
+            :class:`~timm_alfa.AlfaTask`.
+        sigma: Standard deviation of the noise, in units of the feature, at least 0.
+
+    Raises:
+        ValueError, TypeError: An argument is out of its range. BlockError: A block does not resolve.
+    """
+
+    wrapper_type = NoiseWrapper
+
+    def __init__(
+            self,
+            model: nn.Module,
+            criterion: Callable[[Any, Any], Tensor] | None = None,
+            blocks: str | Sequence[str] = "@last",
+            *,
+            sigma: float = 0.5 / 255,
+            criterion_kwargs: dict[str, Any] | None = None,
+            lam: float = 1.0,
+            reduction: Reduction = "sum",
+            grad: Gradient = "full",
+            bn: BatchNormMode = "clean",
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ):
+        if not at_least_zero(sigma):
+            raise ValueError(f"sigma: expected a finite standard deviation of at least 0, found {sigma}")
+        super().__init__(
+            model, criterion, blocks, criterion_kwargs=criterion_kwargs, lam=lam, reduction=reduction, grad=grad,
+            bn=bn, device=device, dtype=dtype, verbose=verbose,
+        )
+        assert isinstance(self.alfa, NoiseWrapper)
+        self.alfa.sigma = float(sigma)
+
+    def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
+        """The noise, then the blocks with their shapes and the share of FLOPs behind them."""
+        alfa, loss = self.alfa, self.objective
+        assert isinstance(alfa, NoiseWrapper)
+        head = (
+            f"Noise: sigma {alfa.sigma * 255:.4g}/255, lambda {loss.lam:g}, {loss.reduction}, "
+            f"gradients {alfa.grad}, batch norm {alfa.bn}"
+        )
+        return [head, *super().summary_lines(input_size)[1:]]
+
+
+def build(
+        args: argparse.Namespace,
+        model: nn.Module,
+        criterion: nn.Module | None,
+        *,
+        input_size: tuple[int, int, int] | None,
+        **common: Any,
+) -> NoiseTask:
+    """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
+    try:
+        task = NoiseTask(
+            model, criterion, args.noise_blocks, sigma=args.noise_sigma, lam=args.noise_lambda,
+            reduction=args.noise_reduction, grad=args.noise_grad, bn=args.noise_bn, **common,
+        )
+        if input_size is not None:
+            task.alfa.check_blocks(input_size)
+    except BlockError as error:
+        raise UsageError(f"--noise-blocks {' '.join(args.noise_blocks)}: {error}") from None
+    return task
