@@ -1,0 +1,132 @@
+"""Robust accuracy: of plainly and adversarially trained models, of models left as they were, and from the command."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from toys import Small, batch
+from training_images import make_image_folder
+
+from timm_alfa.peers import PgdTask, PixelAttack
+from timm_alfa.robust import main, robust_accuracy
+from timm_alfa.train import main as train_main
+
+EPS = 48.0  # of 255; the digits have strong contrasts
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    images, target = load_digits(return_X_y=True)
+    return torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(target)
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+    )
+
+
+def _attack(eps: float, steps: int) -> PixelAttack:
+    return PixelAttack(eps, max(eps / 4, eps / steps), steps, (0.0,), (1.0,), "uniform")
+
+
+def _trained(eps: float, steps: int, epochs: int) -> nn.Module:
+    images, target = _digits()
+    task = PgdTask(_model(), nn.CrossEntropyLoss(), _attack(eps, steps), verbose=False)
+    model = task.get_trainable_module()
+    assert model is not None
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            task(images[chosen], target[chosen])["loss"].backward()
+            optimizer.step()
+    return model
+
+
+def _measure(model: nn.Module) -> dict[str, float]:
+    images, target = _digits()
+    return robust_accuracy(model, [(images[:200], target[:200]), (images[200:300], target[200:300])], _attack(EPS, 20))
+
+
+def test_only_adversarial_training_withstands_the_attack() -> None:
+    plain = _measure(_trained(1e-3, steps=1, epochs=3))
+    robust = _measure(_trained(EPS, steps=3, epochs=4))
+    assert plain["images"] == 300
+    assert plain["top1"] > 95
+    assert plain["robust_top1"] < 5
+    assert robust["top1"] > 85
+    assert robust["robust_top1"] > 40
+
+
+def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
+    model = Small().train()
+    model.neck.eval()
+    modes = [module.training for module in model.modules()]
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    images, target = batch(8, dtype=torch.float32)
+    attack = PixelAttack(8.0, 2.0, 3, (0.5,), (0.2,), "uniform")
+    first = robust_accuracy(model, [(images, target)], attack)
+    assert first == robust_accuracy(model, [(images, target)], attack)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_no_images() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        robust_accuracy(Small(), [], _attack(8.0, 1))
+
+
+def test_command_on_a_checkpoint_and_on_its_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_image_folder(tmp_path / "data")
+    common = ["--data-dir", str(data), "--model", "resnet20s", "--num-classes", "3", "--workers", "0", "-b", "6"]
+    train_main([*common, "--method", "pgd-at", "--pgd-at-steps", "1", "--epochs", "1", "--output", str(tmp_path),
+                "--experiment", "run"])
+    attack = ["--eval-pgd", "2", "--eval-pgd-eps", "4", "--eval-pgd-init", "zero"]
+    results = [
+        main([*common, *attack, "--initial-checkpoint", str(tmp_path / "run" / name)])
+        for name in ("model_best.pth.tar", "model.safetensors")
+    ]
+    assert results[0] == results[1]
+    assert results[0]["images"] == 6
+    assert results[0]["robust_top1"] <= results[0]["top1"]
+    assert "PGD-2, eps 4/255, alpha 2/255, zero start: clean " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--eval-pgd", "0"], "--eval-pgd 0: expected a whole number of at least 1"),
+        (["--eval-pgd-eps", "-1"], "--eval-pgd-eps -1.0: expected at least 0"),
+        (["--eval-pgd-alpha", "zero"], "argument --eval-pgd-alpha: expected a number or a fraction"),
+        (["--eval-pgd-init", "middle"], "argument --eval-pgd-init: invalid choice: 'middle'"),
+        (["--eval-pgd", "2"], "--initial-checkpoint: name the checkpoint to evaluate"),
+        (["--initial-checkpoint", "nothing.pth"], "--initial-checkpoint nothing.pth: no such file"),
+        (["--eval-pdg", "2"], "unrecognized arguments: --eval-pdg"),
+    ],
+)
+def test_bad_flags(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--dataset", "digits", "--model", "resnet20s", *argv])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("timm_alfa.robust: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--eval-pgd-eps" in shown
+    assert "--initial-checkpoint" in shown
