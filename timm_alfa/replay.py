@@ -23,6 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
+import torch.compiler.config
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -30,6 +33,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_on
 from .errors import BlockError
 from .randomness import RandomState
 
+_CACHE_TAG = "+buffers-kept"
 _SLOT = "_compiled_call_impl"  # read by nn.Module.__call__ before anything else, left out of copies and pickles
 
 
@@ -150,6 +154,8 @@ class Replay:
         self._optional: set[_Region] = set()  # regions that some passes do without (layers dropped at random)
         self._habits: dict[tuple[str, int], _Habit] = {}
         self._unwatched = set(self.blocks)  # blocks whose replay has not been observed yet
+        if any(module._compiled_call_impl is not None for module in model.modules()):
+            _allow_second_walks()
 
     def record(
             self,
@@ -228,6 +234,7 @@ class Replay:
         Args:
             options: Of ``torch.compile``.
         """
+        _allow_second_walks()
         for region in self._candidates:
             if not any(_contains(other.module, region.module) for other in self._candidates if other is not region):
                 region.module.compile(**options)
@@ -493,6 +500,21 @@ def _last_of_sequence(model: nn.Module, block: nn.Module) -> nn.Module:
         while type(block).forward is nn.Sequential.forward and len(block._modules):
             block = list(block.children())[-1]
     return block
+
+
+def _allow_second_walks() -> None:
+    """Compiled code must not give its buffers away in its first backward: the clean graph may be walked twice.
+
+    Read when a backward is compiled, which is later and elsewhere; so it is set for good. The compiler's cache on disk
+    does not tell such code from code that does give its buffers away, and would return gradients computed from
+    overwritten ones: hence a tag of our own in its keys.
+    """
+    torch._functorch.config.donated_buffer = False
+    tag = getattr(torch.compiler.config, "cache_key_tag", None)
+    if tag is None:  # torch before 2.7
+        torch._inductor.config.force_disable_caches = True
+    elif _CACHE_TAG not in tag:
+        torch.compiler.config.cache_key_tag = tag + _CACHE_TAG
 
 
 def _contains(module: nn.Module, other: nn.Module) -> bool:

@@ -48,6 +48,8 @@ def restore_training(
     """
     try:
         task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
+    except UsageError as error:
+        raise UsageError(f"--resume {path}: {error}") from error
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"--resume {path}: does not fit --model {args.model}: {one_line(error)}") from error
     if not args.no_resume_opt:
