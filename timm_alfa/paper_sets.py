@@ -39,7 +39,9 @@ def paper_set(model: nn.Module, name: str) -> list[str]:
     if name == "@paper9" and depths == _RESNET56S:
         return [_stem(model), *_NINE_OF_56S]
     if name == "@paper20" and depths == _RESNET18:
-        return [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        convolutions = [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        if len(convolutions) == 20:  # not in variants with deeper stems or attention
+            return convolutions
     known = {"@paper4": "ResNet-18", "@paper9": "ResNet-18, ResNet-50 and ResNet-56s", "@paper20": "ResNet-18"}[name]
     raise BlockError(f"{name!r} is a set for {known}, found {type(model).__name__} with {depths} blocks per stage")
 

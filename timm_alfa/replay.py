@@ -462,6 +462,26 @@ def watch_outputs(model: nn.Module, report: Callable[[str, nn.Module, Any], None
 
 
 @contextmanager
+def changed_output(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Whatever the module returns is changed, in recordings and replays too. One that was compiled ignores it.
+
+    Raises:
+        BlockError: When the module runs in a checkpointed part, whose recomputation would not see the change.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if _inside_checkpoint():
+            raise BlockError("the block is in a checkpointed part of the model; turn checkpointing off")
+        return change(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def _intercept(regions: Iterable[_Region], pass_: _Pass) -> Iterator[None]:
     regions = list(regions)
     try:

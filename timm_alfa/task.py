@@ -172,7 +172,7 @@ class AlfaTask(ClassificationTask):
             if self.alfa.aux is not None and "aux" in state:
                 self.alfa.aux.load_state_dict(state["aux"])
         except ValueError as error:
-            raise UsageError(f"--resume: {error}") from None
+            raise UsageError(str(error)) from None
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
         """What a run should say at its start: the resolved blocks, their shapes and the share of FLOPs behind them."""

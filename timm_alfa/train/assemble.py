@@ -127,6 +127,9 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
     module = task.get_trainable_module()
     assert module is not None  # a classification task has one
     optimizer = create_optimizer(args, module)
+    if getattr(optimizer, "is_second_order", False) and isinstance(task, ReportingTask):
+        raise UsageError(f"--opt {args.opt}: needs second derivatives, which --method {args.method} does not give; "
+                         "choose another optimizer")
     resume_epoch = 0
     if checkpoint is not None:
         resume_epoch = restore_training(args, resume_path, checkpoint, task, optimizer, precision.scaler)

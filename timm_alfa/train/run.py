@@ -209,7 +209,10 @@ def _finish(plan: Plan, folder: Path, saver: TrainCheckpointSaver, results: list
         _logger.info(f"*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})")
     _export(plan, folder)
     if results and isinstance(plan.run.task, ReportingTask) and importlib.util.find_spec("matplotlib"):
-        _logger.info("Pictures: " + ", ".join(path.name for path in draw(folder)))
+        try:
+            _logger.info("Pictures: " + ", ".join(path.name for path in draw(folder)))
+        except UsageError as error:  # the run itself is complete
+            _logger.warning(f"No pictures: {error}")
     ranked = sorted(
         results,
         key=lambda result: result.get("validation", result["train"]).get(plan.eval_metric, 0),
