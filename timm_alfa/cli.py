@@ -19,6 +19,7 @@ from .flags import number
 from .flags import spelled as flag
 from .loss import REDUCTIONS
 from .peers import methods as peers
+from .peers import moex
 from .task import AlfaTask
 from .wrapper import GRADIENTS
 
@@ -110,7 +111,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     given = [name for name in DEFAULTS if getattr(args, name) is not None]
     if args.method is None:
-        args.method = "standard" if args.alfa_blocks is None else "alfa"
+        implied = "standard" if args.moex_block is None else "moex"
+        args.method = implied if args.alfa_blocks is None else "alfa"
     peers.check_arguments(args)
     if args.method != "alfa":
         if args.alfa_learnable:
@@ -179,9 +181,10 @@ def create_task(
                 f"--alfa-sample-blocks {args.alfa_sample_blocks}: expected at most the number of blocks, "
                 f"{len(blocks)} ({', '.join(blocks)})"
             )
-        task = AlfaTask(
+        task_type = AlfaTask if args.moex_block is None else moex.MoexAlfaTask
+        task = task_type(
             model,
-            criterion,
+            criterion if args.moex_block is None else moex.MoexCriterion(criterion),
             blocks,
             alpha=args.alfa_alpha,
             steps=args.alfa_steps,
@@ -206,6 +209,8 @@ def create_task(
             task.alfa.check_blocks(input_size)
     except BlockError as error:
         raise UsageError(f"--alfa-blocks {' '.join(args.alfa_blocks)}: {error}") from None
+    if isinstance(task, moex.MoexAlfaTask):
+        task.moex = moex.create(args, model, input_size)
     return task
 
 

@@ -10,8 +10,9 @@ Example::
 """
 
 from .advprop import AdvPropTask
+from .moex import Moex, MoexTask
 from .noise import NoiseTask
 from .pgd_at import PgdTask
 from .pixels import PixelAttack
 
-__all__ = ["AdvPropTask", "NoiseTask", "PgdTask", "PixelAttack"]
+__all__ = ["AdvPropTask", "Moex", "MoexTask", "NoiseTask", "PgdTask", "PixelAttack"]

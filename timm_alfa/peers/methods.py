@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from timm.task import ClassificationTask
 from torch import nn
 
+from ..errors import UsageError
 from ..flags import Flag, add_flags, fill_flags, refuse_flags
-from . import advprop, noise, pgd_at
+from . import advprop, moex, noise, pgd_at
 
 
 class Method(NamedTuple):
@@ -24,6 +25,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "advprop": Method("AdvProp: perturbed pixels, auxiliary batch norms", advprop.FLAGS, advprop.build),
     "noise": Method("Random noise on features", noise.FLAGS, noise.build),
+    "moex": Method("MoEx: exchanged moments", moex.FLAGS, moex.build),
     "pgd-at": Method("PGD adversarial training", pgd_at.FLAGS, pgd_at.build),
 }
 
@@ -35,16 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check the flags of ``args.method`` and fill in their defaults.
+    """Check the flags of ``args.method``, and of MoEx beside ALFA, and fill in their defaults.
 
     Raises:
         UsageError: A value cannot be, or a flag was given whose method is off.
     """
     for name, method in METHODS.items():
-        if name == args.method:
+        if name == args.method or (name == "moex" and args.method == "alfa" and args.moex_block is not None):
             fill_flags(args, method.flags)
         else:
-            refuse_flags(args, method.flags, f"--method {name}")
+            refuse_flags(args, method.flags, "--moex-block" if name == "moex" else f"--method {name}")
+    if args.method == "moex" and args.moex_block is None:
+        raise UsageError("--method moex: needs --moex-block, the block whose output exchanges moments, such as maxpool")
 
 
 def create_task(
