@@ -10,9 +10,10 @@ Example::
 """
 
 from .advprop import AdvPropTask
+from .fast_advprop import FastAdvPropTask
 from .moex import Moex, MoexTask
 from .noise import NoiseTask
 from .pgd_at import PgdTask
 from .pixels import PixelAttack
 
-__all__ = ["AdvPropTask", "Moex", "MoexTask", "NoiseTask", "PgdTask", "PixelAttack"]
+__all__ = ["AdvPropTask", "FastAdvPropTask", "Moex", "MoexTask", "NoiseTask", "PgdTask", "PixelAttack"]

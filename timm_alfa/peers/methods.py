@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..flags import Flag, add_flags, fill_flags, refuse_flags
-from . import advprop, moex, noise, pgd_at
+from . import advprop, fast_advprop, moex, noise, pgd_at
 
 
 class Method(NamedTuple):
@@ -24,6 +24,7 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "advprop": Method("AdvProp: perturbed pixels, auxiliary batch norms", advprop.FLAGS, advprop.build),
+    "fast-advprop": Method("Fast AdvProp: a part of the batch is attacked", fast_advprop.FLAGS, fast_advprop.build),
     "noise": Method("Random noise on features", noise.FLAGS, noise.build),
     "moex": Method("MoEx: exchanged moments", moex.FLAGS, moex.build),
     "pgd-at": Method("PGD adversarial training", pgd_at.FLAGS, pgd_at.build),

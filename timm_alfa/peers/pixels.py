@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,10 +84,6 @@ class PixelAttack:
             masks: Random state that every step starts from, so that all see the same dropout masks; moved on after.
         """
         images = images.detach()
-        mean, std = self._per_channel(self.mean, images), self._per_channel(self.std, images)
-        low = torch.minimum((0 - mean) / std - images, images.new_zeros(()))
-        high = torch.maximum((1 - mean) / std - images, images.new_zeros(()))
-        eps, alpha = self.eps / 255 / std, self.alpha / 255 / std
         drawn: list[Tensor] = []
 
         def gradient_at(delta: list[Tensor]) -> list[Tensor]:
@@ -105,14 +101,41 @@ class PixelAttack:
             with torch.autocast(images.device.type, enabled=False):
                 return list(torch.autograd.grad(loss, [leaf]))
 
-        start = attack.zeros([images])
-        if self.init == "uniform":
-            start = valid(attack.uniform([images], eps, generator), low, high)
         with weights_frozen(model):
-            (delta,) = attack.perturb(
-                gradient_at, start, steps=self.steps, alpha=alpha, eps=eps, valid=lambda parts: valid(parts, low, high)
-            )
+            delta = self._perturb(images, self.start(images, generator), gradient_at, self.steps)
         return (images + delta).to(images.dtype)
+
+    def start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The perturbation that the first step starts from, at least float32."""
+        if self.init == "zero":
+            return attack.zeros([images])[0]
+        eps = self.eps / 255 / self._per_channel(self.std, images)
+        return self._valid(images)(attack.uniform([images], eps, generator))[0]
+
+    def step(self, images: Tensor, delta: Tensor, gradient: Tensor) -> Tensor:
+        """The perturbation after one step along a gradient that is known."""
+        return self._perturb(images, delta, lambda _: [gradient], 1)
+
+    def _perturb(
+            self,
+            images: Tensor,
+            delta: Tensor,
+            gradient_at: Callable[[list[Tensor]], list[Tensor]],
+            steps: int,
+    ) -> Tensor:
+        std = self._per_channel(self.std, images)
+        (found,) = attack.perturb(
+            gradient_at, [delta], steps=steps, alpha=self.alpha / 255 / std, eps=self.eps / 255 / std,
+            valid=self._valid(images),
+        )
+        return found
+
+    def _valid(self, images: Tensor) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Cuts perturbations so that no pixel leaves [0, 1], or moves further out."""
+        mean, std = self._per_channel(self.mean, images), self._per_channel(self.std, images)
+        low = torch.minimum((0 - mean) / std - images, images.new_zeros(()))
+        high = torch.maximum((1 - mean) / std - images, images.new_zeros(()))
+        return lambda delta: [part.maximum(low).minimum(high) for part in delta]
 
     @classmethod
     def for_model(cls, args: argparse.Namespace, model: nn.Module, **settings: Any) -> PixelAttack:
@@ -129,11 +152,6 @@ class PixelAttack:
     def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
         adapted = adapt_to_chs(values, images.shape[1])
         return torch.tensor(adapted, device=images.device, dtype=attack.working_dtype(images.dtype)).view(-1, 1, 1)
-
-
-def valid(delta: list[Tensor], low: Tensor, high: Tensor) -> list[Tensor]:
-    """The perturbation, cut so that no pixel leaves the range that low and high leave it."""
-    return [part.maximum(low).minimum(high) for part in delta]
 
 
 def other_classes(target: Tensor, num_classes: int, generator: torch.Generator | None = None) -> Tensor:
