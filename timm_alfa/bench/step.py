@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure(args, variants, model, images, target)
     if not args.no_memory:
         for row in rows:
-            row["memory_mib"] = _memory_in_fresh_process(arguments, row["name"])
+            row["memory_mib"] = memory_in_fresh_process(arguments, row["name"])
         for row in rows:
             row["memory_ratio"] = row["memory_mib"] / rows[0]["memory_mib"]
     record = {
@@ -186,7 +186,8 @@ def _step(
     return partial(training_step(loss_of, optimizer, autocast), images, target)
 
 
-def _memory_in_fresh_process(arguments: Sequence[str], name: str) -> float:
+def memory_in_fresh_process(arguments: Sequence[str], name: str) -> float:
+    """MiB that a step of the method called ``name`` needs at its peak, under the command's ``arguments``."""
     command = [sys.executable, "-m", "timm_alfa.bench", "step", *arguments, "--measure-memory-of", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=fresh_process_environment())
     if done.returncode:
