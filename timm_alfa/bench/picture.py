@@ -24,10 +24,11 @@ def draw_bars(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
     axes.barh(positions, ratios, xerr=spread, color=colors)
     axes.plot([row["floor"] for row in rows], positions, "|", color="black", markersize=14, label="floor by FLOPs")
     for position, row in zip(positions, rows, strict=True):
-        axes.text(row["high"] + 0.02, position, f"{row['ratio']:.2f}", va="center")
+        axes.text(max(row["high"], row["floor"]) * 1.03, position, f"{row['ratio']:.2f}", va="center")
+    axes.set_xlim(0, 1.15 * max(max(row["high"], row["floor"]) for row in rows))
     axes.set_yticks(list(positions), [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="time / plain step", title=title)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside lower right")
     figure.savefig(path)
