@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .eta import Eta
+from .ranks import mean_over_ranks
 
 
 class EtaStepper:
@@ -64,17 +64,9 @@ class EtaStepper:
         """Step eta and project it, alike on all ranks; without a gradient since the last step, do nothing."""
         if self._sum is None:
             return
-        gradient = self._sum / self._batches
+        gradient = mean_over_ranks(self._sum / self._batches)
         self._sum, self._batches = None, 0
-        if dist.is_available() and dist.is_initialized():
-            gradient = _mean_over_ranks(gradient)
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers are stepped even if they then do nothing
         if overflow is not None and bool(torch.as_tensor(overflow).any()):
             return
         self.eta.step(gradient)
-
-
-def _mean_over_ranks(values: Tensor) -> Tensor:
-    total = values.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()

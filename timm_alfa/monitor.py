@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .eta_history import EtaHistory
+from .ranks import mean_over_ranks
 from .wrapper import AlfaWrapper
 
 
@@ -67,10 +67,7 @@ class Monitor:
             names += [f"delta_l2_{name}", f"delta_linf_{name}", f"delta_ratio_{name}"]
             values.append(self._norms[name].value(3))
         device = self.alfa.eta.values.device
-        mean = torch.cat([value.to(device) for value in values])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
+        mean = mean_over_ranks(torch.cat([value.to(device) for value in values]))
         for average in (self._losses, *self._by_block.values(), *self._norms.values()):
             average.clear()
         metrics = dict(zip(names, mean.tolist(), strict=True))
