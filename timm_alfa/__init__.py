@@ -15,6 +15,10 @@ features together::
 (``resnet20s``, ``resnet18_cifar``, ...) with timm.
 """
 
+from .timm_version import require_timm
+
+require_timm()
+
 from . import models
 from .blocks import BlockInfo, list_blocks, resolve_blocks
 from .errors import BlockError, UsageError
