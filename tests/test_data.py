@@ -16,9 +16,9 @@ from timm_alfa.train.data import (
     check_class_count,
     check_data_arguments,
     create_datasets,
-    create_loaders,
     default_class_count,
 )
+from timm_alfa.train.loaders import create_loaders
 from timm_alfa.train.random_state import gather_random_states, restore_random_state
 
 CONFIG = {
@@ -66,7 +66,7 @@ def test_folder_goes_through_to_batches(folder):
     train, held_out = create_datasets(args, CONFIG)
     check_class_count(args, train, held_out)
     assert (len(train), len(held_out)) == (12, 12)
-    loader_train, loader_eval = loaders_of(args, (train, held_out))
+    loader_train, loader_eval, _ = loaders_of(args, (train, held_out))
     images, target = next(iter(loader_train))
     assert (images.shape, images.dtype, target.dtype) == ((4, 3, 16, 16), torch.float32, torch.int64)
     assert torch.cat([target for _, target in loader_eval]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -80,7 +80,7 @@ def test_digits_need_no_other_data_flag():
     datasets = create_datasets(args, CONFIG)
     check_class_count(args, *datasets)
     assert [len(dataset) for dataset in datasets] == [1437, 360]
-    loader_train, loader_eval = loaders_of(args, datasets)
+    loader_train, loader_eval, _ = loaders_of(args, datasets)
     assert next(iter(loader_train))[0].shape == (4, 3, 16, 16)
     assert len(loader_eval) == 90
 
@@ -109,7 +109,7 @@ def test_batches_are_those_of_timm(folder):
     args = parse(*flags, num_classes=3)
     collate = FastCollateMixup(mixup_alpha=0.2, num_classes=3, label_smoothing=0.1)
     datasets = create_datasets(args, CONFIG)
-    ours, _ = loaders_of(args, datasets, collate_fn=collate)
+    ours, *_ = loaders_of(args, datasets, collate_fn=collate)
 
     def batches(loader):
         random.seed(1)
@@ -131,7 +131,7 @@ def test_batches_are_those_of_timm(folder):
 def test_workers_restart_unless_the_multi_epochs_loader_is_asked_for(folder):
     for flags, persistent in (((), False), (("--use-multi-epochs-loader",), True)):
         args = parse("--data-dir", folder, *flags, workers=1)
-        for loader in loaders_of(args, create_datasets(args, CONFIG)):
+        for loader in loaders_of(args, create_datasets(args, CONFIG))[:2]:
             assert loader.loader.persistent_workers is persistent
 
 
@@ -143,7 +143,7 @@ def test_a_restart_between_epochs_changes_nothing_that_workers_draw(folder):
         return [batch for _ in range(count) for loader in loaders for batch in loader]
 
     def new_loaders():
-        return loaders_of(args, create_datasets(args, CONFIG))
+        return loaders_of(args, create_datasets(args, CONFIG))[:2]
 
     torch.manual_seed(0)
     loaders = new_loaders()
@@ -156,7 +156,7 @@ def test_a_restart_between_epochs_changes_nothing_that_workers_draw(folder):
 
 def test_scheduled_sizes(folder):
     args = parse("--data-dir", folder, "--train-img-sizes", 8, 16, "--train-batch-sizes", 6, 2)
-    loader, _ = loaders_of(args, create_datasets(args, CONFIG))
+    loader, *_ = loaders_of(args, create_datasets(args, CONFIG))
     assert {tuple(images.shape) for images, _ in loader} <= {(6, 3, 8, 8), (2, 3, 16, 16)}
 
 

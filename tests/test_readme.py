@@ -62,7 +62,7 @@ def names() -> dict[str, Any]:
 
 def test_the_code_blocks_are_found():
     assert len(_blocks("python")) == README.count("```python") >= 4
-    assert len(_training_commands()) == 8
+    assert len(_training_commands()) == 9
 
 
 @pytest.mark.parametrize("code", _blocks("python"), ids=_line)

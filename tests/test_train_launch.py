@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from launch import ROOT, TORCHRUN, start
 from training_images import make_image_folder
 
-ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 FLAGS = (
     "--model test_resnet --img-size 32 --num-classes 3 -b 4 --workers 0 --lr 0.01 --epochs 2 --experiment run "
     "--model-ema --grad-accum-steps 2"
 )
-
-
-def _start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +25,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_train_validate_save_once_and_resume(images: Path, tmp_path: Path):
     arguments = [*FLAGS.split(), "--data-dir", str(images), "--output", str(tmp_path), "--alfa-blocks", "layer4"]
-    done = _start([*TORCHRUN, str(ROOT / "train_alfa.py"), *arguments, "--stop-epoch", "1"])
+    done = start([*TORCHRUN, str(ROOT / "train_alfa.py"), *arguments, "--stop-epoch", "1"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--result") == 1
     assert done.stderr.count("Train: 0 [   1/2 (100%)]") == 1
     assert "Warning" not in done.stderr
 
-    done = _start([*TORCHRUN, "-m", "timm_alfa.train", *arguments, "--resume", "auto"])
+    done = start([*TORCHRUN, "-m", "timm_alfa.train", *arguments, "--resume", "auto"])
     assert done.returncode == 0, done.stderr
     assert "Resumed from" in done.stderr
     assert "no random states" not in done.stderr
@@ -53,14 +45,14 @@ def test_two_processes_train_validate_save_once_and_resume(images: Path, tmp_pat
 
 
 def test_of_several_processes_one_reports_a_mistake(tmp_path: Path):
-    done = _start([*TORCHRUN, "-m", "timm_alfa.train", "--data-dir", str(tmp_path / "missing")])
+    done = start([*TORCHRUN, "-m", "timm_alfa.train", "--data-dir", str(tmp_path / "missing")])
     assert done.returncode != 0
     assert done.stderr.count("train_alfa.py: error: ") == 1
     assert "exitcode  : 2" in done.stderr
 
 
 def test_a_mistake_ends_the_script_with_code_2_and_one_line():
-    done = _start([sys.executable, "-m", "timm_alfa.train", "--epochs", "none"])
+    done = start([sys.executable, "-m", "timm_alfa.train", "--epochs", "none"])
     assert done.returncode == 2
     assert done.stderr == "train_alfa.py: error: argument --epochs: invalid int value: 'none'\n"
     assert done.stdout == ""

@@ -89,7 +89,7 @@ def refuse_flags(args: argparse.Namespace, flags: Sequence[Flag], needed: str) -
     for flag in flags:
         value = getattr(args, flag.name)
         if value is not None and value is not False:
-            raise UsageError(f"{_shown(flag, value)}: has no effect without {needed}")
+            raise UsageError(f"{shown(flag.name, value)}: has no effect without {needed}")
 
 
 def fill_flags(args: argparse.Namespace, flags: Sequence[Flag]) -> None:
@@ -99,10 +99,11 @@ def fill_flags(args: argparse.Namespace, flags: Sequence[Flag]) -> None:
             setattr(args, flag.name, flag.default)
         value = getattr(args, flag.name)
         if value is not None and not flag.valid(value):
-            raise UsageError(f"{_shown(flag, value)}: expected {flag.expected}")
+            raise UsageError(f"{shown(flag.name, value)}: expected {flag.expected}")
 
 
-def _shown(flag: Flag, value: Any) -> str:
+def shown(name: str, value: Any) -> str:
+    """A flag with its value as one would type it: ``--noise-blocks layer3 layer4``, or ``--amp``."""
     if value is True:
-        return spelled(flag.name)
-    return f"{spelled(flag.name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        return spelled(name)
+    return f"{spelled(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -93,7 +93,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     args.prefetcher = True
     if args.num_classes is None:
         args.num_classes = default_class_count(args)
-    args.train_split = args.val_split  # the one that is looked at
+    args.train_split = args.test_split or args.val_split  # the one that is looked at, all of it
+    args.val_fraction = args.train_fraction = None
+    args.val_split = args.test_split = ""
     check_data_arguments(args)
     model, data_config, device = create_seeded_model(args)
     if args.distributed:

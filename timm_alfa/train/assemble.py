@@ -16,8 +16,9 @@ from torch import nn
 from .. import cli
 from ..errors import UsageError
 from .checkpoint import restore_random_state
-from .data import check_class_count, check_data_arguments, create_datasets, create_loaders, default_class_count
+from .data import check_class_count, check_data_arguments, create_datasets, create_test_set, default_class_count
 from .device import create_precision, prepare_device
+from .loaders import create_loaders
 from .loop import ReportingTask, Training, updates_per_epoch
 from .model import build_model, check_forward, place_model
 from .objective import create_criterion, create_mixup
@@ -35,7 +36,8 @@ class Plan:
     Attributes:
         run: What an epoch of training needs.
         eval_model: The model to validate.
-        eval_loader: None without ``--val-split``.
+        eval_loader: None without ``--val-split`` or ``--val-fraction``.
+        test_loader: None without ``--test-split``.
         eval_metric: What best means; ``loss`` (of training) without validation.
         data_config: timm's preprocessing of the model: input size, mean, standard deviation, ...
         start_epoch: First epoch to train.
@@ -47,6 +49,7 @@ class Plan:
     run: Training
     eval_model: nn.Module
     eval_loader: Any
+    test_loader: Any
     eval_metric: str
     data_config: dict[str, Any]
     start_epoch: int
@@ -98,13 +101,16 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
     check_forward(args, model, data_config["input_size"], precision)
 
     dataset_train, dataset_eval = create_datasets(args, data_config)
+    dataset_test = create_test_set(args, data_config)
     check_class_count(args, dataset_train, dataset_eval)
+    check_class_count(args, dataset_train, dataset_test, "--test-split")
     collate_fn, mixup_fn = create_mixup(args)
-    loader_train, loader_eval = create_loaders(
+    loader_train, loader_eval, loader_test = create_loaders(
         args,
         data_config,
         dataset_train,
         dataset_eval,
+        dataset_test,
         device=device,
         img_dtype=precision.model_dtype or torch.float32,
         collate_fn=collate_fn,
@@ -174,6 +180,7 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
         run=run,
         eval_model=eval_model,
         eval_loader=loader_eval,
+        test_loader=loader_test,
         eval_metric=eval_metric,
         data_config=data_config,
         start_epoch=start_epoch,

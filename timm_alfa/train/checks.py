@@ -9,6 +9,9 @@ import math
 from typing import Any
 
 from ..errors import UsageError
+from ..flags import shown
+from .cache import check_cache_arguments
+from .split import check_split_arguments
 
 _logger = logging.getLogger(__name__)
 
@@ -20,6 +23,7 @@ _AT_LEAST: dict[str, float] = {
     "tta": 0, "lr": 0, "lr_base": 0, "lr_base_size": 1, "warmup_lr": 0, "min_lr": 0, "weight_decay": 0, "mixup": 0,
     "cutmix": 0, "epoch_repeats": 0, "aug_repeats": 0, "recount": 1, "train_batches_per_epoch": 1, "decay_epochs": 0,
     "clip_grad": 0, "train_num_samples": 1, "val_num_samples": 1, "seed": 0,
+    "split_seed": 0, "crop_padding": 0, "warmup_updates": 0,
 }  # fmt: skip
 _PROBABILITIES = (
     "hflip", "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "reprob", "mixup_prob",
@@ -62,8 +66,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
-    if args.seed >= 2**32:
-        raise UsageError(f"--seed {args.seed}: must be below {2**32}, numpy takes no larger one")
+    for flag, seed in (("--seed", args.seed), ("--split-seed", args.split_seed)):
+        if seed >= 2**32:
+            raise UsageError(f"{flag} {seed}: must be below {2**32}, numpy takes no larger one")
     if args.amp and args.model_dtype not in (None, "", "float32"):
         raise UsageError(f"--model-dtype {args.model_dtype}: --amp needs float32 weights; leave one of the two out")
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
@@ -73,6 +78,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise UsageError(f"--cutmix-minmax {args.cutmix_minmax}: must be two numbers, the smallest and largest share")
     if args.decay_milestones != sorted(set(args.decay_milestones)):
         raise UsageError(f"--decay-milestones {args.decay_milestones}: must be increasing")
+    if args.warmup_updates is not None and not args.sched_on_updates:
+        raise UsageError(f"--warmup-updates {args.warmup_updates}: needs --sched-on-updates")
     if any(epoch < 1 for epoch in args.save_epochs):
         raise UsageError(f"--save-epochs {args.save_epochs}: must be numbers of finished epochs, from 1")
     if args.wandb_resume_id and not args.resume:
@@ -89,8 +96,21 @@ def _check_combinations(args: argparse.Namespace) -> None:
                 raise UsageError(f"{_flag(name)} {values}: must have one value per --train-img-sizes")
         if args.use_multi_epochs_loader:
             raise UsageError("--use-multi-epochs-loader: does not go with --train-img-sizes")
+    _check_padded_crop(args)
+    check_split_arguments(args)
+    check_cache_arguments(args)
     if args.drop_connect is not None:
         _logger.warning(f"--drop-connect {args.drop_connect}: has no effect, as in timm; use --drop-path")
+
+
+def _check_padded_crop(args: argparse.Namespace) -> None:
+    if args.crop_padding is None or args.no_aug:
+        return
+    for name, off in (("train_crop_mode", None), ("train_img_sizes", None), ("use_multi_epochs_loader", False),
+                      ("scale", [0.08, 1.0]), ("ratio", [3 / 4, 4 / 3])):  # fmt: skip
+        value = getattr(args, name)
+        if value != off:
+            raise UsageError(f"{shown(name, value)}: does not go with --crop-padding, which replaces resized crops")
 
 
 def _check_packages(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from timm.data import get_img_extensions
 from timm_alfa.errors import UsageError
 from timm_alfa.train.digits import HELD_OUT_SPLITS, TRAIN_SPLITS
 
-__all__ = ["check_data_arguments", "data_root", "dataset_kind"]
+__all__ = ["STREAMS", "check_data_arguments", "data_root", "dataset_kind"]
 
 _PACKAGES = {
     "hfds": ("datasets", "datasets"),
@@ -21,6 +21,9 @@ _PACKAGES = {
     "wds": ("webdataset", "webdataset"),
 }
 _KINDS = ("torch", *_PACKAGES)
+STREAMS = ("hfids", "tfds", "wds")  # kinds that are read in order, their images have no numbers
+_TWO_PARTS = ("digits", *(f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "qmnist",
+                                                       "fashion_mnist")))
 # names that timm takes for one another when it looks for the folder of a split
 _SYNONYMS = (TRAIN_SPLITS, ("val", "valid", "validation", "eval", "evaluation"))
 
@@ -40,10 +43,17 @@ def check_data_arguments(args: argparse.Namespace) -> None:
     """Check what can be checked of the dataset flags before a model is built.
 
     Raises:
-        UsageError: unknown kind of dataset, its package is not installed, --data-dir is missing or has no images, or a
-            split has no folder in it.
+        UsageError: unknown kind of dataset, its package is not installed, --data-dir is missing or has no images, a
+            split has no folder in it, or --test-split is what is trained or validated on.
     """
     kind = dataset_kind(args)
+    if args.val_fraction is not None and args.val_split not in ("", "validation"):  # the default
+        raise UsageError(f"--val-split {args.val_split}: has no effect with --val-fraction; leave one of the two out "
+                         "(--test-split names images for the final test)")
+    for flag, split in _splits(args).items():
+        if args.test_split and flag != "--test-split" and _same_images(args, split, args.test_split):
+            raise UsageError(f"--test-split {args.test_split}: the same images as {flag} {split}; expected others, "
+                             "or --val-fraction to validate on a part of the training images")
     if kind == "digits":
         _check_digits(args)
     elif kind == "":
@@ -62,10 +72,27 @@ def check_data_arguments(args: argparse.Namespace) -> None:
 def _check_digits(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("sklearn") is None:
         raise UsageError('--dataset digits needs scikit-learn: pip install "timm-alfa[digits]"')
-    for flag, split in (("--train-split", args.train_split), ("--val-split", args.val_split)):
+    for flag, split in _splits(args).items():
         known = TRAIN_SPLITS + HELD_OUT_SPLITS
-        if split not in known and not (flag == "--val-split" and not split):
+        if split not in known:
             raise UsageError(f"{flag} {split}: --dataset digits has no such split, expected one of {', '.join(known)}")
+
+
+def _splits(args: argparse.Namespace) -> dict[str, str]:
+    """The splits that are read, by flag."""
+    splits = {"--train-split": args.train_split}
+    if args.val_split and args.val_fraction is None:
+        splits["--val-split"] = args.val_split
+    if args.test_split:
+        splits["--test-split"] = args.test_split
+    return splits
+
+
+def _same_images(args: argparse.Namespace, split: str, other: str) -> bool:
+    """Whether two names of splits are known to mean the same images."""
+    if split == other or any(split in names and other in names for names in _SYNONYMS):
+        return True
+    return args.dataset.lower() in _TWO_PARTS and split not in TRAIN_SPLITS and other not in TRAIN_SPLITS
 
 
 def _check_folder(args: argparse.Namespace) -> None:
@@ -78,15 +105,17 @@ def _check_folder(args: argparse.Namespace) -> None:
         if Path(root).suffix.lower() != ".tar":
             raise UsageError(f"--data-dir {root}: a file, expected a folder of images or a .tar file")
         return
-    folders = {"--train-split": _train_folder(root, args.train_split)}
-    if args.val_split:
-        folders["--val-split"] = _split_folder(root, args.val_split)
+    splits = _splits(args)
+    folders = {
+        flag: _train_folder(root, split) if flag == "--train-split" else _split_folder(root, split)
+        for flag, split in splits.items()
+    }
     extensions = set(args.input_key.split(";")) if args.input_key else get_img_extensions(as_set=True)
     for flag, folder in folders.items():
-        split = args.train_split if flag == "--train-split" else args.val_split
         if folder is None:
             empty = " (or '' to train without validation)" if flag == "--val-split" else ""
-            raise UsageError(f"{flag} {split}: no such folder in {root}, expected one of {_subfolders(root)}{empty}")
+            raise UsageError(
+                f"{flag} {splits[flag]}: no such folder in {root}, expected one of {_subfolders(root)}{empty}")
         if not _has_image(folder, extensions):
             suffixes = ", ".join(sorted(extensions)[:6])
             raise UsageError(f"--data-dir {root}: no images in {folder}, expected files such as {suffixes}")

@@ -17,6 +17,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="'digits' (built in), or a timm dataset such as torch/cifar10, hfds/..., wds/...; empty: image folders")
     add("--train-split", metavar="NAME", default="train", help="split to train on")
     add("--val-split", metavar="NAME", default="validation", help="split to validate on; empty: no validation")
+    add("--val-fraction", default=None, type=float, metavar="SHARE",
+        help="validate on this share of every class of the training split, instead of on --val-split")
+    add("--train-fraction", default=None, type=float, metavar="SHARE",
+        help="train on this share of every class of what is left of the training split")
+    add("--split-seed", default=0, type=int, metavar="N",
+        help="which images these two pick; the same ones whatever --seed is")
+    add("--test-split", default="", metavar="NAME",
+        help="evaluate the best checkpoint on this split once training is complete")
     add("--train-num-samples", default=None, type=int, metavar="N", help="training samples of an iterable dataset")
     add("--val-num-samples", default=None, type=int, metavar="N", help="validation samples of an iterable dataset")
     add("--dataset-download", action="store_true", help="let torch/ and tfds/ datasets download themselves")
@@ -115,6 +123,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-epochs", type=int, nargs="+", default=[], metavar="N",
         help="keep a milestone checkpoint after so many epochs, whatever its rank")
     add("-j", "--workers", type=int, default=4, metavar="N", help="data loading processes; 0: load in this one")
+    add("--cache-images", action="store_true",
+        help="keep decoded images in memory and augment whole batches on the device (small images; --crop-padding)")
     add("--save-images", action="store_true", help="save the input batch at each log line")
     add("--pin-mem", action="store_true", help="pin memory in the data loader")
     add("--no-prefetcher", action="store_true", help="normalise in the data loader, not on the device")

@@ -56,6 +56,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="epochs at which the multistep schedule decays, increasing")
     add("--decay-epochs", type=float, default=90, metavar="N", help="epochs between decays of the step schedule")
     add("--warmup-epochs", type=int, default=5, metavar="N", help="warm-up epochs")
+    add("--warmup-updates", type=int, default=None, metavar="N",
+        help="warm-up in updates instead of epochs; needs --sched-on-updates")
     add("--warmup-prefix", action="store_true", help="warm-up comes before the schedule, not out of its epochs")
     add("--cooldown-epochs", type=int, default=0, metavar="N", help="further epochs at the lowest rate")
     add("--patience-epochs", type=int, default=10, metavar="N", help="patience of the plateau schedule")
@@ -68,6 +70,8 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--no-aug", action="store_true", help="no training augmentation, whatever other flags say")
     add("--train-crop-mode", type=str, default=None, metavar="MODE", help="training crop: rrc, rkrc or rkrr")
+    add("--crop-padding", type=int, default=None, metavar="N",
+        help="training crops of the input's size from the image with N black pixels around it, without resizing")
     add("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="SHARE", help="area range of random crops")
     add("--ratio", type=float, nargs="+", default=[3.0 / 4.0, 4.0 / 3.0], metavar="R", help="aspect range of crops")
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")

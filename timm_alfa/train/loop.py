@@ -44,7 +44,7 @@ class Training:
     Attributes:
         batch_size: Images per process and batch on average, which ``--variable-batch-loss-scale`` relates to.
         scheduler: timm's learning rate schedule; None for ``--sched none``.
-        mixup: Mixing done here rather than by the loader (``--no-prefetcher``).
+        mixup: Mixing done here rather than by the loader (``--no-prefetcher``, ``--cache-images``).
         saver: Checkpoints; the primary rank's only.
         folder: Of the run; the primary rank's only.
     """
@@ -157,10 +157,10 @@ def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
 
 def _switch_mixup_off(run: Training, epoch: int) -> None:
     if run.args.mixup_off_epoch and epoch >= run.args.mixup_off_epoch:
-        if run.args.prefetcher and run.loader.mixup_enabled:
-            run.loader.mixup_enabled = False
-        elif run.mixup is not None:
+        if run.mixup is not None:
             run.mixup.mixup_enabled = False
+        elif run.args.prefetcher and run.loader.mixup_enabled:
+            run.loader.mixup_enabled = False
 
 
 def prepare_batch(run: Training, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +168,8 @@ def prepare_batch(run: Training, images: torch.Tensor, target: torch.Tensor) -> 
     if not run.args.prefetcher:
         images = images.to(device=run.device, dtype=run.precision.model_dtype)
         target = target.to(device=run.device)
-        if run.mixup is not None:
-            images, target = run.mixup(images, target)
+    if run.mixup is not None:
+        images, target = run.mixup(images, target)
     if run.args.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     return images, target

@@ -15,7 +15,7 @@ def is_mixing(args: argparse.Namespace) -> bool:
 
 
 def create_mixup(args: argparse.Namespace) -> tuple[FastCollateMixup | None, Mixup | None]:
-    """Returns ``(collate_fn, mixup_fn)``: mixing belongs to the loader with the prefetcher, else to the loop."""
+    """Returns ``(collate_fn, mixup_fn)``: mixing belongs to the loader where it collates for the prefetcher."""
     if not is_mixing(args):
         return None, None
     settings = {
@@ -28,7 +28,9 @@ def create_mixup(args: argparse.Namespace) -> tuple[FastCollateMixup | None, Mix
         "label_smoothing": args.smoothing,
         "num_classes": args.num_classes,
     }
-    return (FastCollateMixup(**settings), None) if args.prefetcher else (None, Mixup(**settings))
+    if args.prefetcher and not args.cache_images:
+        return FastCollateMixup(**settings), None
+    return None, Mixup(**settings)
 
 
 def create_criterion(args: argparse.Namespace) -> nn.Module:

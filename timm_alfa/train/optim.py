@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -69,12 +71,12 @@ def create_schedule(
     Raises:
         UsageError: timm has no such schedule, or it does not take these values.
     """
+    settings = scheduler_kwargs(args, decreasing_metric=decreasing_metric)
+    if args.warmup_updates is not None:
+        settings["warmup_epochs"] = Fraction(args.warmup_updates, updates_per_epoch)  # timm multiplies, exactly
     try:
-        scheduler, num_epochs = create_scheduler_v2(
-            optimizer,
-            **scheduler_kwargs(args, decreasing_metric=decreasing_metric),
-            updates_per_epoch=updates_per_epoch,
-        )
+        scheduler, num_epochs = create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
+        num_epochs = math.ceil(num_epochs)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"--sched {args.sched}: cannot be created: {one_line(error)}") from error
     if scheduler is not None and start_epoch > 0:

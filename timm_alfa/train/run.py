@@ -26,6 +26,7 @@ from .args import parse_args
 from .assemble import Plan, assemble, check_inputs, list_blocks
 from .checkpoint import CheckpointError, TrainCheckpointSaver, gather_random_states
 from .evaluate import validate
+from .final_test import TEST_FILE, best_checkpoint, test_best_checkpoint
 from .log import setup_logging
 from .loop import ReportingTask, prepare_batch, train_one_epoch
 from .output import MetricLog, open_output, snapshot
@@ -97,6 +98,8 @@ def train(args: argparse.Namespace) -> None:
         folder = Path(plan.resume_path).parent
         if plan.resume_path and utils.is_primary(args) and not (folder / WEIGHTS_FILE).exists():
             _export(plan, folder)  # the run was killed between its last checkpoint and the export
+        if plan.resume_path and plan.test_loader is not None and not (folder / TEST_FILE).exists():
+            _test(plan, folder)
 
 
 def _train_and_export(plan: Plan, config: dict[str, Any]) -> None:
@@ -121,7 +124,10 @@ def _train_and_export(plan: Plan, config: dict[str, Any]) -> None:
         if log is not None:
             log.close()
     if run.folder is not None and run.saver is not None:
-        _finish(plan, run.folder, run.saver, results)
+        _finish(plan, run.folder, run.saver, draw_pictures=bool(results))
+    tested = None if interrupted else _test(plan, run.folder)
+    if utils.is_primary(args):
+        _print_results(plan, results, tested)
     if interrupted:
         sys.exit(130)
 
@@ -203,27 +209,44 @@ def _set_loader_epoch(loader: Any, epoch: int) -> None:
             break
 
 
-def _finish(plan: Plan, folder: Path, saver: TrainCheckpointSaver, results: list[dict[str, Any]]) -> None:
-    """Exports the best checkpoint, says where everything is, and prints the results as timm does."""
+def _finish(plan: Plan, folder: Path, saver: TrainCheckpointSaver, *, draw_pictures: bool) -> None:
+    """Exports the best checkpoint, draws, and says where everything is."""
     if saver.best_metric is not None:
         _logger.info(f"*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})")
     _export(plan, folder)
-    if results and isinstance(plan.run.task, ReportingTask) and importlib.util.find_spec("matplotlib"):
+    if draw_pictures and isinstance(plan.run.task, ReportingTask) and importlib.util.find_spec("matplotlib"):
         try:
             _logger.info("Pictures: " + ", ".join(path.name for path in draw(folder)))
         except UsageError as error:  # the run itself is complete
             _logger.warning(f"No pictures: {error}")
+
+
+def _test(plan: Plan, folder: Path | None) -> dict[str, Any] | None:
+    """Does what ``--test-split`` asks for, if it does; every rank calls it."""
+    if plan.test_loader is None:
+        return None
+    if plan.stop_epoch < plan.num_epochs:
+        _logger.info(f"Not tested: --test-split waits for the last of {plan.num_epochs} epochs.")
+        return None
+    return test_best_checkpoint(plan.run, plan.eval_model, plan.test_loader, folder)
+
+
+def _print_results(plan: Plan, results: list[dict[str, Any]], tested: dict[str, Any] | None) -> None:
+    """Prints the ten best epochs of this session as timm does, the best last; a test goes with its epoch."""
     ranked = sorted(
         results,
         key=lambda result: result.get("validation", result["train"]).get(plan.eval_metric, 0),
         reverse=plan.decreasing,
-    )
-    print(f"--result\n{json.dumps(ranked[-10:], indent=4)}", flush=True)
+    )[-10:]
+    if tested is not None:
+        chosen = next((result for result in ranked if result["epoch"] == tested["epoch"]), {"epoch": tested["epoch"]})
+        ranked = [result for result in ranked if result is not chosen] + [chosen | {"test": tested}]
+    print(f"--result\n{json.dumps(ranked, indent=4)}", flush=True)
 
 
 def _export(plan: Plan, folder: Path) -> None:
     """Leaves the best checkpoint as a plain timm model beside it."""
-    source = next((path for name in ("model_best", "last") if (path := folder / f"{name}.pth.tar").exists()), None)
+    source = best_checkpoint(folder)
     if source is not None:
         model = utils.unwrap_model(plan.run.task.get_eval_model())
         export_checkpoint(source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config)

@@ -1,0 +1,150 @@
+"""Loaders of a training run: timm's own, from flags."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.data import create_loader
+from timm.data.transforms import MaybePILToTensor
+from torchvision.transforms import RandomCrop
+
+from timm_alfa.errors import UsageError
+from timm_alfa.train.cache import BatchAugmentation, CachedLoader
+from timm_alfa.train.data_check import dataset_kind
+from timm_alfa.train.text import mistakes_in_one_line
+
+__all__ = ["create_loaders"]
+
+
+def create_loaders(
+        args: argparse.Namespace,
+        data_config: dict[str, Any],
+        dataset_train: Any,
+        dataset_eval: Any | None,
+        dataset_test: Any | None = None,
+        *,
+        device: torch.device,
+        img_dtype: torch.dtype | None,
+        collate_fn: Callable[..., Any] | None,
+) -> tuple[Any, Any | None, Any | None]:
+    """Create the loaders with their transforms, set on the datasets, by `timm.data.create_loader`.
+
+    Workers start anew every epoch, so that what they draw follows from the main process's random state alone and a run
+    can be resumed exactly; with --use-multi-epochs-loader they persist, as in timm. With --cache-images training and
+    validation images are read here, once.
+
+    Args:
+        args: parsed flags, with `prefetcher` and `distributed` set.
+        data_config: `timm.data.resolve_data_config`'s result.
+        device: where batches go.
+        img_dtype: dtype of the batches; None is float32.
+        collate_fn: Mixup's collate for the training loader, or None.
+
+    Returns:
+        Training, validation and test loader; None where there is no such data.
+
+    Raises:
+        UsageError: timm refuses the augmentation or loader flags, the training set does not fill one batch, or its
+            images do not have the size that --crop-padding and --cache-images need.
+    """
+    common = {
+        "input_size": data_config["input_size"],
+        "mean": data_config["mean"],
+        "std": data_config["std"],
+        "device": device,
+        "img_dtype": img_dtype or torch.float32,
+        "distributed": args.distributed,
+        "use_prefetcher": args.prefetcher,
+        "pin_memory": args.pin_mem and device.type != "cpu",  # torch warns when there is nothing to pin for
+        "persistent_workers": args.use_multi_epochs_loader,
+    }
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config["interpolation"]
+    padded = args.crop_padding is not None and not args.no_aug
+    if padded:
+        _check_image_size(dataset_train, data_config["input_size"])
+    with mistakes_in_one_line("augmentation and loader flags (--aa, --remode, --train-img-sizes, ...)"):
+        loader_train = create_loader(
+            dataset_train,
+            batch_size=args.batch_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob,
+            gaussian_blur_prob=args.gaussian_blur_prob,
+            auto_augment=args.aa,
+            num_aug_repeats=args.aug_repeats,
+            interpolation=interpolation,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            collate_fn=collate_fn,
+            num_workers=args.workers,
+            worker_seeding=args.worker_seeding,
+            use_multi_epochs_loader=args.use_multi_epochs_loader,
+            **_scheduled_size_arguments(args),
+            **common,
+        )
+    if len(loader_train) == 0:
+        raise UsageError(
+            f"--batch-size {args.batch_size}: more than the training set has for one process "
+            f"({len(dataset_train)} images in all), so there is no full batch"
+        )
+    # more workers than shards would pad the validation set of a distributed run
+    sharded = args.distributed and dataset_kind(args) in ("tfds", "wds")
+    loader_eval, loader_test = (
+        None if dataset is None else create_loader(
+            dataset,
+            batch_size=args.validation_batch_size or args.batch_size,
+            is_training=False,
+            interpolation=data_config["interpolation"],
+            crop_pct=data_config["crop_pct"],
+            num_workers=min(2, args.workers) if sharded else args.workers,
+            **common,
+        )
+        for dataset in (dataset_eval, dataset_test)
+    )
+    if args.cache_images:
+        augment = None
+        if padded:
+            dataset_train.transform = MaybePILToTensor()  # the rest is done to batches
+            augment = BatchAugmentation(args.crop_padding, args.hflip, args.vflip)
+        loader_train = CachedLoader(loader_train, augment)
+        loader_eval = None if loader_eval is None else CachedLoader(loader_eval)
+    elif padded:
+        # timm's first training transform is the crop
+        dataset_train.transform.transforms[0] = RandomCrop(data_config["input_size"][1:], padding=args.crop_padding)
+    return loader_train, loader_eval, loader_test
+
+
+def _scheduled_size_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    progressive = args.train_size_schedule == "progressive"
+    return {
+        "input_size_choices": args.train_img_sizes,
+        "batch_size_choices": args.train_batch_sizes,
+        "batch_choice_weights": args.train_size_probs,
+        "batch_choice_seed": args.seed,
+        "batch_choice_schedule": args.train_size_schedule,
+        "batch_schedule_epochs": args.epochs if progressive else None,
+        "batch_schedule_spread": args.train_size_schedule_spread,
+        "batch_schedule_random_mix": args.train_size_random_mix,
+        "num_batches": args.train_batches_per_epoch,
+    }
+
+
+def _check_image_size(dataset: Any, input_size: Sequence[int]) -> None:
+    """Look at one image: --crop-padding pads and crops, it does not resize."""
+    width, height = dataset[0][0].size
+    if (height, width) != tuple(input_size[1:]):
+        raise UsageError(f"--crop-padding: the images are {height}x{width}, expected the model's input size, "
+                         f"{input_size[1]}x{input_size[2]} (--img-size)")
