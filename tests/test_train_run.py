@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import logging
+import shlex
 import sys
 from argparse import Namespace
 from importlib.machinery import ModuleSpec
@@ -60,7 +61,17 @@ def test_a_run_leaves_checkpoints_records_and_a_plain_model(
     folder = tmp_path / "run"
     rows = _rows(folder)
     assert [row["epoch"] for row in rows] == ["0", "1"]
-    assert set(rows[0]) == {"epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"}
+    cost = ("train_step_time", "train_images_per_second")
+    assert set(rows[0]) == {"epoch", "train_loss", *cost, "eval_loss", "eval_top1", "eval_top5", "lr"}
+    for row in rows:
+        step_time, images_per_second = (float(row[name]) for name in cost)
+        assert step_time > 0
+        assert step_time * images_per_second == pytest.approx(8)  # three full batches
+    environment = yaml.safe_load((folder / "environment.yaml").read_text())
+    assert environment["command"] == shlex.join(["train_alfa.py", *arguments])
+    assert environment["hardware"] == f"{torch.get_num_threads()} CPU threads"
+    assert environment["torch"] == torch.__version__
+    assert environment["processes"] == 1
     assert {path.name for path in folder.iterdir()} >= {
         "args.yaml", "last.pth.tar", "model_best.pth.tar", "checkpoint-0.pth.tar", "checkpoint-1.pth.tar",
         "config.json", "train-batch-0.jpg"}  # fmt: skip

@@ -22,6 +22,7 @@ from torch import nn
 
 from .. import __version__
 from ..blocks import resolve_blocks
+from ..environment import hardware
 from ..errors import BlockError
 from .memory import fresh_process_environment, peak_memory
 from .picture import draw_bars
@@ -154,11 +155,7 @@ def render(record: dict[str, Any]) -> str:
 
 def machine(device: torch.device) -> str:
     """Hardware and versions, for a record."""
-    if device.type == "cpu":
-        hardware = f"{torch.get_num_threads()} CPU threads"
-    else:
-        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return f"{hardware}, torch {torch.__version__}, timm {timm.__version__}, timm-alfa {__version__}"
+    return f"{hardware(device)}, torch {torch.__version__}, timm {timm.__version__}, timm-alfa {__version__}"
 
 
 def _prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

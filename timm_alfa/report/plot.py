@@ -86,7 +86,7 @@ def _draw_curves(record: RunRecord, path: Path) -> None:
         _integer_epochs(axes)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
-    figure.suptitle(_title(record))
+    figure.suptitle(record.title)
     figure.savefig(path)
 
 
@@ -96,12 +96,9 @@ def _draw_eta(record: RunRecord, path: Path) -> None:
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    # By the last epoch's number: with --val-interval not every epoch has a row.
-    steps_per_epoch = max(record.eta[-1][0] / (record.epochs[-1]["epoch"] + 1), 1) if record.epochs else 1
-    epochs = [row[0] / steps_per_epoch for row in record.eta]
     count = len(record.eta_blocks)
     for index, block in enumerate(record.eta_blocks):
-        values = [row[index + 1] for row in record.eta]
+        epochs, values = record.eta_series(index)
         last = index == count - 1
         color = "black" if last else colormaps["viridis"](index / max(count - 1, 1))
         axes.plot(epochs, values, color=color, linewidth=2.2 if last else 1.2, label=block)
@@ -109,18 +106,9 @@ def _draw_eta(record: RunRecord, path: Path) -> None:
             axes.annotate(f"{block} (last)", (epochs[-1], values[-1]), xytext=(-70, 24), textcoords="offset points",
                           arrowprops={"arrowstyle": "->"})
     axes.axhline(1 / count, color="0.6", linewidth=0.8, linestyle=":", label=f"1/{count}")
-    axes.set(xlabel="epoch", ylabel="eta", title=_title(record))
+    axes.set(xlabel="epoch", ylabel="eta", title=record.title)
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
-
-
-def _title(record: RunRecord) -> str:
-    args = record.args
-    parts = [str(args.get("model", record.folder.name))]
-    if args.get("alfa_blocks"):
-        parts.append("L-ALFA" if args.get("alfa_learnable") else "ALFA")
-        parts.append(f"PGD-{args.get('alfa_steps', 1)}")
-    return ", ".join(parts)
 
 
 def _integer_epochs(axes: Axes) -> None:

@@ -149,7 +149,11 @@ def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
 
     if hasattr(run.optimizer, "sync_lookahead"):
         run.optimizer.sync_lookahead()
-    metrics = {"loss": _mean_over_ranks(run, losses.avg)}
+    metrics = {
+        "loss": _mean_over_ranks(run, losses.avg),
+        "step_time": update_time.avg,  # seconds per update, waiting for data included
+        "images_per_second": losses.count * args.world_size / update_time.sum,
+    }
     if isinstance(task, ReportingTask):
         metrics |= task.epoch_metrics()
     return metrics

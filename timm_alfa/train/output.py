@@ -17,6 +17,7 @@ from timm import utils
 from timm.models import safe_model_name
 
 from ..errors import UsageError
+from ..report.records import ENVIRONMENT_FILE
 
 _logger = logging.getLogger(__name__)
 
@@ -28,14 +29,22 @@ def snapshot(args: argparse.Namespace) -> dict[str, Any]:
     return copy.deepcopy(vars(args))
 
 
-def open_output(args: argparse.Namespace, config: dict[str, Any], *, side: int, resume_path: str) -> Path:
-    """Creates (or, when resuming, reopens) the run's folder and writes ``args.yaml`` into it.
+def open_output(
+        args: argparse.Namespace,
+        config: dict[str, Any],
+        environment: dict[str, Any],
+        *,
+        side: int,
+        resume_path: str,
+) -> Path:
+    """Creates (or, when resuming, reopens) the run's folder and writes ``args.yaml``, ``environment.yaml`` into it.
 
     A folder that already holds another run is left alone: the new run's folder gets ``-1``, ``-2``, ... appended.
 
     Args:
         args: Flags.
         config: What `snapshot` returned, for ``args.yaml``.
+        environment: What :func:`~timm_alfa.environment.describe_run` returned.
         side: Input width, for the name of an unnamed run.
         resume_path: The checkpoint that this run continues, or ''.
 
@@ -53,6 +62,8 @@ def open_output(args: argparse.Namespace, config: dict[str, Any], *, side: int, 
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "args.yaml", "w", encoding="utf-8") as file:
             yaml.safe_dump(config, file, default_flow_style=False)
+        with open(folder / ENVIRONMENT_FILE, "w", encoding="utf-8") as file:
+            yaml.safe_dump(environment, file, sort_keys=False)
     except OSError as error:
         raise UsageError(f"--output {folder}: cannot be written ({error.strerror or error})") from error
     if folder != wanted:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from timm import utils
 from timm.utils.distributed import world_info_from_env
 
 from ..dryrun import dry_run
+from ..environment import describe_run
 from ..errors import UsageError
 from ..export import WEIGHTS_FILE, export_checkpoint
 from ..report.plot import draw
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     setup_logging(primary=world_info_from_env()[1] == 0)
     try:
-        train(parse_args(argv))
+        argv = sys.argv[1:] if argv is None else list(argv)
+        train(parse_args(argv), command=shlex.join(["train_alfa.py", *argv]))
     except UsageError as error:
         _fail(error, code=2)
     except CheckpointError as error:
@@ -70,8 +73,12 @@ def _fail(error: Exception, *, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, *, command: str) -> None:
     """Does what parsed flags ask for.
+
+    Args:
+        args: The flags.
+        command: How they were given, for the record.
 
     Raises:
         UsageError: before anything is written.
@@ -92,7 +99,7 @@ def train(args: argparse.Namespace) -> None:
         dry_run(
             args, run.task, batches, device=run.device, amp_autocast=run.precision.autocast, optimizer=run.optimizer)
     elif plan.start_epoch < plan.stop_epoch:
-        _train_and_export(plan, config)
+        _train_and_export(plan, config, command)
     else:
         _logger.info(f"Nothing left to do: epoch {plan.start_epoch} of {plan.stop_epoch} is reached already.")
         folder = Path(plan.resume_path).parent
@@ -102,14 +109,16 @@ def train(args: argparse.Namespace) -> None:
             _test(plan, folder)
 
 
-def _train_and_export(plan: Plan, config: dict[str, Any]) -> None:
+def _train_and_export(plan: Plan, config: dict[str, Any], command: str) -> None:
     run, args = plan.run, plan.run.args
     log = None
     late = [count for count in args.save_epochs if count > plan.num_epochs]
     if late:
         _logger.warning(f"--save-epochs {late}: never reached, the schedule has {plan.num_epochs} epochs")
     if utils.is_primary(args):
-        run.folder = open_output(args, config, side=plan.data_config["input_size"][-1], resume_path=plan.resume_path)
+        environment = describe_run(command, run.device, processes=args.world_size)
+        side = plan.data_config["input_size"][-1]
+        run.folder = open_output(args, config, environment, side=side, resume_path=plan.resume_path)
         run.saver = _create_saver(plan, run.folder)
         log = MetricLog(args, run.folder, config, plan.start_epoch)
     results: list[dict[str, Any]] = []
