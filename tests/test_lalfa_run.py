@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from reference.plain_alfa import plain_alfa
+from summaries import read_summary, reproducible_summary
 from torch import nn
 from toys import UNet, batch
 from training_images import make_image_folder
@@ -46,11 +46,6 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     return state
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "summary.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path) -> None:
     flags = f"--epochs 4 {LEARN} {LOOP}"
     whole = run(images, tmp_path / "whole", flags)
@@ -67,7 +62,7 @@ def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path) -> None:
     assert expected["task_state"]["eta"]["blocks"] == ["layer2", "layer3", "layer4"]
     assert expected["task_state"]["passes"] == found["task_state"]["passes"] == 2 * early["task_state"]["passes"]
     assert (whole / "eta.csv").read_bytes() == (parts / "eta.csv").read_bytes()
-    assert rows(whole) == rows(parts)
+    assert reproducible_summary(whole) == reproducible_summary(parts)
     weights = torch.load(whole / "last.pth.tar", weights_only=False)["state_dict"]
     assert not any("eta" in name for name in weights)
 
@@ -86,7 +81,7 @@ def test_what_a_run_records(images: Path, tmp_path: Path, caplog: pytest.LogCapt
     for line, following in zip(lines, history[1:], strict=False):  # a line shows eta after its step
         shown = line.partition("Eta: ")[2].split()[:3]
         assert [float(value) for value in shown] == pytest.approx(following[1:], abs=5e-5)
-    last = rows(folder)[-1]
+    last = read_summary(folder)[-1]
     names = [f"train_{kind}_{block}" for block in blocks for kind in ("eta", "delta_l2", "delta_linf", "delta_ratio")]
     assert set(names) < set(last)
     state = checkpoint(folder)["task_state"]["eta"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from summaries import read_summary, reproducible_summary
 from test_train_oracle import CASES, COMMON, _weights
 from training_images import make_image_folder
 
@@ -250,11 +250,6 @@ def _assert_same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert torch.equal(other[key][name], tensor), (key, name)
 
 
-def _rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "summary.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @needs_image_files
 def test_without_its_flags_the_script_does_what_it_did(
         patched: Path,
@@ -267,7 +262,7 @@ def test_without_its_flags_the_script_does_what_it_did(
     after = _run(patched, tmp_path / "after", arguments, monkeypatch)
     _assert_same_weights(before, after)
     assert before.keys() == after.keys()
-    assert _rows(tmp_path / "before" / "run") == _rows(tmp_path / "after" / "run")
+    assert read_summary(tmp_path / "before" / "run") == read_summary(tmp_path / "after" / "run")
     assert not (tmp_path / "after" / "run" / "eta.csv").exists()
 
 
@@ -286,7 +281,7 @@ def test_with_them_it_trains_as_our_command_does(
     assert torch.equal(theirs["task_state"]["eta"]["eta"], ours["task_state"]["eta"]["eta"])
 
     folders = tmp_path / "script" / "run", tmp_path / "ours" / "run"
-    for row, expected in zip(*map(_rows, folders), strict=True):
+    for row, expected in zip(*map(read_summary, folders), strict=True):
         shown = {name: value for name, value in row.items() if name.startswith("train_")}
         assert {"train_loss_adv", "train_eta_layer4", "train_delta_l2_layer4"} < shown.keys()
         assert shown == {name: value for name, value in expected.items() if name.startswith("train_")}
@@ -409,6 +404,4 @@ def test_timms_script_patched(case: str, images: Path, tmp_path: Path, monkeypat
     on = _weights(patched, flags + alfa, images, tmp_path / "on")
     _assert_same_weights(_weights(ROOT / "train_alfa.py", flags + alfa, images, tmp_path / "ours"), on)
     assert any(not torch.equal(off["state_dict"][name], tensor) for name, tensor in on["state_dict"].items())
-    cost = {"train_step_time", "train_images_per_second"}  # which timm's script does not record
-    ours = [{name: row[name] for name in row if name not in cost} for row in _rows(tmp_path / "ours/run")]
-    assert _rows(tmp_path / "on/run") == ours
+    assert read_summary(tmp_path / "on/run") == reproducible_summary(tmp_path / "ours/run")  # timm records no cost

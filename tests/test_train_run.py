@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import logging
@@ -17,6 +16,7 @@ import pytest
 import timm
 import torch
 import yaml
+from summaries import COST, read_summary, reproducible_summary
 from training_images import make_image_folder
 
 from timm_alfa.train import loop, main
@@ -40,11 +40,6 @@ def _checkpoint(path: Path) -> dict:
         return torch.load(path, weights_only=True)
 
 
-def _rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "summary.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -59,12 +54,11 @@ def test_a_run_leaves_checkpoints_records_and_a_plain_model(
     with caplog.at_level(logging.INFO):
         main(arguments)
     folder = tmp_path / "run"
-    rows = _rows(folder)
+    rows = read_summary(folder)
     assert [row["epoch"] for row in rows] == ["0", "1"]
-    cost = ("train_step_time", "train_images_per_second")
-    assert set(rows[0]) == {"epoch", "train_loss", *cost, "eval_loss", "eval_top1", "eval_top5", "lr"}
+    assert set(rows[0]) == {"epoch", "train_loss", *COST, "eval_loss", "eval_top1", "eval_top5", "lr"}
     for row in rows:
-        step_time, images_per_second = (float(row[name]) for name in cost)
+        step_time, images_per_second = (float(row[name]) for name in COST)
         assert step_time > 0
         assert step_time * images_per_second == pytest.approx(8)  # three full batches
     environment = yaml.safe_load((folder / "environment.yaml").read_text())
@@ -94,14 +88,14 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(images: Path, tmp_path: Pa
 
     parts = tmp_path / "parts"
     main(_arguments(images, parts, f"{flags} --resume auto --stop-epoch 1"))
-    assert [row["epoch"] for row in _rows(parts / "run")] == ["0"]
+    assert [row["epoch"] for row in read_summary(parts / "run")] == ["0"]
     main(_arguments(images, parts, f"{flags} --resume auto"))
     whole, resumed = (_checkpoint(folder / "run" / "last.pth.tar") for folder in (tmp_path / "whole", parts))
     for key in ("state_dict", "state_dict_ema"):
         for name, tensor in whole[key].items():
             assert torch.equal(tensor, resumed[key][name]), (key, name)
-    assert [row["epoch"] for row in _rows(parts / "run")] == ["0", "1", "2"]
-    assert _rows(parts / "run")[1:] == _rows(tmp_path / "whole" / "run")
+    assert [row["epoch"] for row in read_summary(parts / "run")] == ["0", "1", "2"]
+    assert reproducible_summary(parts / "run")[1:] == reproducible_summary(tmp_path / "whole" / "run")
     assert len(resumed["saver"]["checkpoint_files"]) == 2  # the two that were there when the third was written
 
     before = _contents(parts)
@@ -118,7 +112,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(images: Path, tmp_path: Pa
 def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(images: Path, tmp_path: Path):
     main(_arguments(images, tmp_path, "--epochs 1 --val-split= --sched none"))
     before = _contents(tmp_path / "run")
-    assert "eval_top1" not in _rows(tmp_path / "run")[0]
+    assert "eval_top1" not in read_summary(tmp_path / "run")[0]
     resume = f"--resume {tmp_path / 'run' / 'last.pth.tar'}"
     main([*_arguments(images, tmp_path, f"--epochs 1 --no-resume-opt --start-epoch 0 {resume}"), "--experiment", "two"])
     main(_arguments(images, tmp_path, "--epochs 1"))
@@ -161,14 +155,14 @@ def test_an_interrupted_run_keeps_its_recovery_checkpoint_and_goes_on_from_it(
     with caplog.at_level(logging.INFO):
         main(_arguments(images, tmp_path, flags))
     assert "in the middle of epoch 0" in caplog.text
-    assert [row["epoch"] for row in _rows(tmp_path / "run")] == ["0"]
+    assert [row["epoch"] for row in read_summary(tmp_path / "run")] == ["0"]
 
 
 def test_batches_of_several_sizes(images: Path, tmp_path: Path):
     main(_arguments(images, tmp_path, (
         "--epochs 1 --lr-base 0.1 --lr 0 --train-img-sizes 32 48 --train-batch-sizes 8 4 "
         "--variable-batch-loss-scale linear --no-prefetcher --mixup 0.1 --log-tensorboard")))
-    row = _rows(tmp_path / "run")[0]
+    row = read_summary(tmp_path / "run")[0]
     assert float(row["train_loss"]) > 0
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
@@ -231,7 +225,7 @@ def test_metrics_go_to_wandb(images: Path, tmp_path: Path, monkeypatch: pytest.M
     assert settings["resume"] is None
     assert settings["config"]["epochs"] == 1
     logged = wandb.init.return_value.log.call_args.args[0]
-    assert {name: str(value) for name, value in logged.items()} == _rows(tmp_path / "run")[0]
+    assert {name: str(value) for name, value in logged.items()} == read_summary(tmp_path / "run")[0]
     wandb.init.return_value.finish.assert_called_once()
 
 
@@ -293,7 +287,7 @@ def test_alfa_is_logged_recorded_and_leaves_a_plain_model(
         main(_arguments(images, tmp_path, "--epochs 1 --alfa-blocks layer3 @last --alfa-steps 2 --model-ema"))
     assert "192x2x2" in caplog.text  # layer3's output at the size that is trained at
     assert "Adv:" in caplog.text
-    row = _rows(tmp_path / "run")[0]
+    row = read_summary(tmp_path / "run")[0]
     assert float(row["train_loss"]) == pytest.approx(
         sum(float(row[f"train_loss_{part}"]) for part in ("clean", "adv_layer3", "adv_layer4")))
     model = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(tmp_path / "run/model.safetensors"))
