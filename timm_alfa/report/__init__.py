@@ -1,1 +1,1 @@
-"""Pictures of a run."""
+"""What a run's records show: pictures, and one HTML page."""

@@ -1,3 +1,3 @@
-from .plot import main
+from .page import main
 
 main()

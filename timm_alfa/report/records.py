@@ -51,6 +51,29 @@ class RunRecord:
         points = [(row["epoch"] + 1, row[name]) for row in self.epochs if name in row]
         return [x for x, _ in points], [y for _, y in points]
 
+    def last(self, name: str) -> float | None:
+        """What was last recorded of one column."""
+        values = self.series(name)[1]
+        return values[-1] if values else None
+
+    def mean(self, name: str) -> float | None:
+        """The mean over the epochs of one column."""
+        values = self.series(name)[1]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def metric(self) -> str:
+        """The column that ``--eval-metric`` means by best."""
+        return f"eval_{self.args.get('eval_metric', 'top1')}"
+
+    def best(self) -> tuple[float, float] | None:
+        """The best epoch (counted from 1) and its metric; None without validation."""
+        epochs, values = self.series(self.metric)
+        if not values:
+            return None
+        value = min(values) if self.metric == "eval_loss" else max(values)
+        return epochs[values.index(value)], value
+
     def blocks_with(self, prefix: str) -> list[str]:
         """What follows ``prefix`` in the names of columns, in order: for ``train_eta_`` the blocks with an eta."""
         names = dict.fromkeys(name for row in self.epochs for name in row if name.startswith(prefix))
