@@ -47,6 +47,7 @@ def line_chart(
         *,
         x_label: str = "epoch",
         reference: float | None = None,
+        zero: bool = False,
         log: bool = False,
 ) -> Element | None:
     """A figure with its caption and legend, or None where there is nothing to draw.
@@ -56,7 +57,8 @@ def line_chart(
         lines: The curves, at least one point each to be drawn.
         x_label: Below the horizontal axis.
         reference: Where to draw a dotted horizontal line.
-        log: A logarithmic vertical axis where the values span more than a factor of 50.
+        zero: Let the vertical axis begin at 0, so that lengths compare as the numbers do.
+        log: A logarithmic vertical axis instead where the values span more than a factor of 50.
     """
     drawn = [(line, points) for line in lines if (points := line.points())]
     if not drawn:
@@ -64,6 +66,8 @@ def line_chart(
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points] + ([] if reference is None else [reference])
     log = log and min(ys) > 0 and max(ys) > 50 * min(ys)
+    if zero and not log:
+        ys.append(0)
     x_ticks, to_x = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=True)
     y_ticks, to_y = (_log_axis if log else _axis)(min(ys), max(ys), HEIGHT - BOTTOM, TOP)
 
@@ -78,7 +82,8 @@ def line_chart(
     picture = element(
         "svg", element("title", f"{title}, by {x_label}"), *parts,
         role="img", viewBox=f"0 0 {WIDTH} {HEIGHT}", aria_label=f"Line chart of {title} by {x_label}: {summary}")
-    return element("figure", element("figcaption", title), picture, _legend([line for line, _ in drawn]))
+    legend = _legend([line for line, _ in drawn]) if len(drawn) > 1 else None
+    return element("figure", element("figcaption", title), picture, legend)
 
 
 def _axis(
@@ -147,12 +152,18 @@ def _curve(
             for x, y in points
         ]
     if line.strong:
-        x, y = points[-1]
-        top = to_y(y) - 8
-        name = line.label if len(line.label) <= 24 else f"{line.label[:23]}\N{HORIZONTAL ELLIPSIS}"
-        parts.append(element("text", name, x=round(to_x(x), 1), y=round(top if top > TOP + 8 else to_y(y) + 18, 1),
-                             text_anchor="end", class_="name"))
+        parts.append(_name(line.label, [(to_x(x), to_y(y)) for x, y in points]))
     return element("g", *parts, **_color(line))
+
+
+def _name(label: str, positions: Sequence[tuple[float, float]]) -> Element:
+    """The label at the right end of a line, above it, or below where there is no room."""
+    text = label if len(label) <= 24 else f"{label[:23]}\N{HORIZONTAL ELLIPSIS}"
+    end = positions[-1][0]
+    beside = [y for x, y in positions if x >= end - 7 * len(text)]  # about as wide as it is in bold
+    above = min(beside) - 6
+    y = above if above > TOP + 8 else max(beside) + 14
+    return element("text", text, x=round(end, 1), y=round(y, 1), text_anchor="end", class_="name")
 
 
 def _stroke(

@@ -121,7 +121,7 @@ def _several_runs(records: Sequence[RunRecord]) -> list[Element | None]:
         section("Learned strengths", charts(*(
             sections.eta_chart(record, f"eta of {label}") for label, record in labelled
         ))),
-        section("Cost", charts(overlay("images per second", labelled, ["train_images_per_second"]))),
+        section("Cost", charts(overlay("images per second", labelled, [SPEED], zero=True))),
         section(
             "Configuration",
             sections.table(
@@ -142,7 +142,7 @@ def _results(labelled: Sequence[tuple[str, RunRecord]]) -> Element:
         relative = reference / speed if reference and speed else None
         values = [best, epoch, record.last("eval_top1"), record.last("eval_loss"), speed, relative]
         rows.append([label, record.title, *map(number, values), _progress(record)])
-    return sections.table("Results", heads, rows)
+    return sections.table("Results", heads, rows, caption=False)
 
 
 def _tiles(record: RunRecord) -> Element:

@@ -45,16 +45,22 @@ def metric_chart(record: RunRecord, chart: tuple[str, Sequence[tuple[str, str, i
     return line_chart(title, [
         Line(label, *record.series(column), hue=hue, dash=dash)
         for column, label, hue, dash in columns if not (column == "train_loss" and parts)
-    ])  # fmt: skip
+    ], zero=chart is SPEEDS)  # fmt: skip
 
 
-def overlay(title: str, runs: Sequence[tuple[str, RunRecord]], columns: Sequence[str]) -> Element | None:
+def overlay(
+        title: str,
+        runs: Sequence[tuple[str, RunRecord]],
+        columns: Sequence[str],
+        *,
+        zero: bool = False,
+) -> Element | None:
     """One line per labelled run: the first of `columns` that it has."""
     lines = []
     for index, (label, record) in enumerate(runs):
         series = next((found for column in columns if (found := record.series(column))[1]), ([], []))
         lines.append(Line(label, *series, hue=RUN_HUES[index % len(RUN_HUES)], dash=index))
-    return line_chart(title, lines)
+    return line_chart(title, lines, zero=zero)
 
 
 def eta_chart(record: RunRecord, title: str = "eta") -> Element | None:
@@ -75,7 +81,7 @@ def norm_charts(record: RunRecord) -> Element | None:
             Line(_marked(block, blocks), *record.series(f"train_delta_{norm}_{block}"), hue=_hue(index, blocks),
                  strong=block == blocks[-1])
             for index, block in enumerate(blocks)
-        ], log=True)
+        ], zero=True, log=True)
         for norm, label in NORMS
     ))  # fmt: skip
 
@@ -120,14 +126,14 @@ def settings_tables(record: RunRecord) -> list[Element | None]:
     ]
 
 
-def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Element:
+def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, caption: bool = True) -> Element:
     """A table whose rows begin with their names; it scrolls by itself where it is too wide."""
     head = element("thead", element("tr", *(element("th", name, scope="col") for name in heads)))
     body = element("tbody", *(
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
     ))  # fmt: skip
-    inner = element("table", element("caption", caption), head, body)
-    return element("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption)
+    inner = element("table", element("caption", title) if caption else None, head, body)
+    return element("div", inner, class_="scroll", tabindex=0, role="region", aria_label=title)
 
 
 def pairs(title: str, values: dict[str, str]) -> Element | None:
