@@ -17,15 +17,18 @@ never see it, and regions that were compiled one by one keep their compiled call
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 import torch._functorch.config
 import torch._inductor.config
 import torch.compiler.config
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -555,9 +558,11 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def _inside_checkpoint() -> bool:
-    """Whether the code that runs now is inside ``torch.utils.checkpoint``, which installs hooks for saved tensors."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+    """Whether the code that runs now was called by ``torch.utils.checkpoint``; torch itself does not tell."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_floating(leaf: Any) -> bool:

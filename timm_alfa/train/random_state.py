@@ -79,7 +79,7 @@ def _capture() -> dict[str, Any]:
 
 def _accelerator() -> str:
     """Device type of the accelerator in use, '' for none: one that nothing was placed on must not be woken for this."""
-    device = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
         return ""
     is_initialized = getattr(torch.get_device_module(device), "is_initialized", None)
