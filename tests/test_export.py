@@ -1,134 +1,249 @@
+"""``timm-alfa-export``: what it writes is the run's model, and timm reads it offline as it reads the hub."""
+
 from __future__ import annotations
 
-import copy
-import errno
 import json
 import os
-import subprocess
-import sys
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from timm.models import load_checkpoint
-from timm.utils import ModelEmaV3
+from timm.models import save_for_hf
+from training_images import make_image_folder
 
 from timm_alfa.errors import UsageError
-from timm_alfa.export import export_checkpoint, export_model
-
-
-def make_model(**kwargs):
-    torch.manual_seed(0)
-    return timm.create_model("resnet10t", num_classes=7, in_chans=1, drop_rate=0.1, **kwargs).eval()
+from timm_alfa.export.command import export_run, main
+from timm_alfa.export.onnx_file import largest_difference, missing_packages
+from timm_alfa.export.trained import read_trained_run
+from timm_alfa.flags import spell_flags
+from timm_alfa.train import main as train
+from timm_alfa.train.args import build_parser, parse_args
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make_model()
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an architecture of this package, with ALFA and an average of the weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ("--dataset digits --img-size 8 --model resnet20s --alfa-blocks @last --alfa-alpha 1/255 --epochs 2"
+             " --lr 0.01 --batch-size 256 --warmup-epochs 0 --workers 0"
+             " --model-ema --model-ema-decay 0.5 --experiment a-run")
+    train([*flags.split(), "--output", str(folder)])
+    return folder / "a-run"
 
 
-def assert_same_weights(model, expected):
-    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one of timm's architectures, in a bfloat16 of its own, without validation."""
+    images = make_image_folder(tmp_path_factory.mktemp("images") / "flowers", train=4)
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ("--model test_resnet --num-classes 3 --img-size 32 --epochs 1 --batch-size 4 --lr 0.01 --workers 0"
+             " --model-dtype bfloat16 --drop 0.1 --experiment plain")
+    train([*flags.split(), "--val-split", "", "--output", str(folder), "--data-dir", str(images)])
+    return folder / "plain"
 
 
-def test_timm_reads_it_in_three_ways(model, tmp_path):
-    path = export_model(model, tmp_path / "new" / "folder")
-    assert sorted(os.listdir(path.parent)) == ["config.json", "model.safetensors"]
-    assert_same_weights(timm.create_model("resnet10t", num_classes=7, in_chans=1, checkpoint_path=str(path)), model)
-    other = timm.create_model("resnet10t", num_classes=7, in_chans=1)
-    load_checkpoint(other, str(path))
-    assert_same_weights(other, model)
-    local = timm.create_model(f"local-dir:{path.parent}", pretrained=True)
-    assert_same_weights(local, model)
-    assert (local.num_classes, local.drop_rate) == (7, 0.0)
+def weights_of(checkpoint: Path, key: str = "state_dict") -> dict[str, torch.Tensor]:
+    stored: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=False)[key]
+    return stored
 
 
-def test_config_says_what_the_model_is(model, tmp_path):
-    data_config = {"input_size": (1, 64, 64), "mean": (0.3,), "std": (0.2,), "crop_pct": 1.0}
-    export_model(model, tmp_path, data_config=data_config)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architecture"] == "resnet10t"
-    assert (config["num_classes"], config["num_features"]) == (7, 512)
-    assert config["model_args"]["in_chans"] == 1
-    recorded = config["pretrained_cfg"]
-    assert {name: recorded[name] for name in data_config} == json.loads(json.dumps(data_config))
-    assert not {"url", "hf_hub_id", "file"} & recorded.keys()
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
 
 
-def test_timm_reads_it_where_this_package_cannot_be_imported(model, tmp_path):
-    path = export_model(model, tmp_path)
-    script = (
-        "import sys; sys.modules['timm_alfa'] = None\n"
-        "import timm\n"
-        f"timm.create_model('resnet10t', num_classes=7, in_chans=1, checkpoint_path={str(path)!r})\n"
-        f"model = timm.create_model('local-dir:{tmp_path}', pretrained=True)\n"
-        "print('read', model.num_classes)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "read 7\n", done.stderr
+def test_the_default_is_the_best_average(digits_run: Path):
+    written = export_run(digits_run, onnx=False)
+    assert [path.name for path in written] == ["model.safetensors", "config.json", "README.md"]
+    assert {path.parent for path in written} == {digits_run / "export"}
+    assert sorted(os.listdir(digits_run / "export")) == sorted(path.name for path in written)
+    stored = load_file(digits_run / "export" / "model.safetensors")
+    assert_equal(stored, weights_of(digits_run / "model_best.pth.tar", "state_dict_ema"))
+    assert_equal(stored, load_file(digits_run / "model.safetensors"))  # which the run itself left
+    model = timm.create_model(f"local-dir:{digits_run / 'export'}", pretrained=True)
+    assert_equal(model.state_dict(), stored)
+    assert model.pretrained_cfg["input_size"] == (3, 8, 8)
 
 
-def test_wrappers_are_taken_off(model, tmp_path):
-    export_model(ModelEmaV3(torch.compile(copy.deepcopy(model), backend="eager")), tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+@pytest.mark.parametrize("name", ["last.pth.tar", "checkpoint-0.pth.tar"])
+def test_other_weights(digits_run: Path, tmp_path: Path, name: str):
+    path = digits_run / name
+    checkpoint = "last" if name == "last.pth.tar" else str(path)
+    export_run(digits_run, tmp_path, checkpoint=checkpoint, ema=False, onnx=False)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert_equal(stored, weights_of(path))
+    assert not torch.equal(stored["fc.weight"], weights_of(path, "state_dict_ema")["fc.weight"])
 
 
-def test_channels_last_and_shared_weights(tmp_path):
-    model = make_model().to(memory_format=torch.channels_last)
-    model.layer2[0].bn1.weight = model.layer2[0].bn2.weight
-    stored = load_file(export_model(model, tmp_path))
-    assert stored["conv1.0.weight"].is_contiguous()
-    torch.testing.assert_close(stored, dict(model.state_dict()), rtol=0, atol=0)
+def test_weights_keep_their_type(folder_run: Path, tmp_path: Path):
+    export_run(folder_run, tmp_path, onnx=False)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["fc.weight"].dtype == torch.bfloat16
+    assert_equal(stored, weights_of(folder_run / "model_best.pth.tar"))
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert_equal(model.bfloat16().state_dict(), stored)
+    assert (model.num_classes, model.drop_rate, model.pretrained_cfg["input_size"]) == (3, 0.0, (3, 32, 32))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_export_checkpoint(model, tmp_path, prefix):
-    trained, average = make_model(), make_model()
-    for value, changed in enumerate((trained, average), start=1):
-        torch.nn.init.constant_(changed.fc.bias, value)
-    content = {
-        "state_dict": {prefix + name: value for name, value in trained.state_dict().items()},
-        "state_dict_ema": {prefix + name: value for name, value in average.state_dict().items()},
-    }
-    torch.save(content, tmp_path / "best.pth.tar")
-    before = copy.deepcopy(model.state_dict())
-    path = export_checkpoint(tmp_path / "best.pth.tar", model, tmp_path, use_ema=False)
-    torch.testing.assert_close(load_file(path), dict(trained.state_dict()), rtol=0, atol=0)
-    path = export_checkpoint(tmp_path / "best.pth.tar", model, tmp_path, use_ema=True)
-    torch.testing.assert_close(load_file(path), dict(average.state_dict()), rtol=0, atol=0)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+def test_the_layout_is_what_timm_pushes_to_the_hub(digits_run: Path, tmp_path: Path):
+    export_run(digits_run, tmp_path / "ours", onnx=False)
+    run = read_trained_run(digits_run)
+    save_for_hf(run.model, str(tmp_path / "timm"), safe_serialization=True, data_config=run.data_config)
+    assert {*os.listdir(tmp_path / "timm"), "README.md"} == set(os.listdir(tmp_path / "ours"))
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "timm"))
+    assert ours == theirs
+    assert_equal(load_file(tmp_path / "ours" / "model.safetensors"), load_file(tmp_path / "timm" / "model.safetensors"))
 
 
-def test_export_checkpoint_errors(model, tmp_path):
-    checkpoint = tmp_path / "best.pth.tar"
-    torch.save({"state_dict": model.state_dict()}, checkpoint)
+def test_timm_reads_it_from_the_hub(digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From a cache of the hub, as a download would leave it."""
+    repository = tmp_path / "models--me--a-model"
+    export_run(digits_run, repository / "snapshots" / "0123abc", onnx=False)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = timm.create_model("hf-hub:me/a-model", pretrained=True, cache_dir=str(tmp_path))
+    assert_equal(model.state_dict(), load_file(digits_run / "model.safetensors"))
+
+
+def test_the_card(digits_run: Path, tmp_path: Path):
+    export_run(digits_run, tmp_path, license="mit", name="small", onnx=False)
+    text = (tmp_path / "README.md").read_text()
+    card = ModelCard(text)  # the hub's own reader
+    assert (card.data.license, card.data.library_name) == ("mit", "timm")
+    assert {"timm", card.data.pipeline_tag} <= set(card.data.tags)
+    top1, _ = card.data.eval_results
+    assert top1.metric_type == "accuracy"
+    epoch = torch.load(digits_run / "model_best.pth.tar", weights_only=False)["epoch"]
+    row = (digits_run / "summary.csv").read_text().splitlines()[1 + epoch].split(",")
+    header = (digits_run / "summary.csv").read_text().splitlines()[0].split(",")
+    assert top1.metric_value == pytest.approx(float(row[header.index("eval_top1")]), abs=1e-3)
+    assert f"top-1 accuracy: {float(row[header.index('eval_top1')]):.2f} % on the `validation` split" in text
+    assert "ALFA at `layer3`: alpha 0.003922, steps 1" in text
+    assert f"after {epoch + 1} of 2 epochs, averaged weights (EMA)" in text
+    assert "import timm_alfa" in text
+    assert not {"onnx", str(digits_run.parent)} & set(re.split(r"[\s`]", text))
+    (command,) = re.findall(r"^timm-alfa-train (.*)$", text, flags=re.MULTILINE)
+    again, before = parse_args(shlex.split(command)), yaml.safe_load((digits_run / "args.yaml").read_text())
+    assert {name for name, value in vars(again).items() if value != before[name]} == {"output", "experiment"}
+
+
+def test_the_card_claims_no_accuracy_of_other_weights(digits_run: Path, folder_run: Path, tmp_path: Path):
+    export_run(digits_run, tmp_path / "a", ema=False, onnx=False)
+    export_run(folder_run, tmp_path / "b", onnx=False)
+    for name in ("a", "b"):
+        text = (tmp_path / name / "README.md").read_text()
+        assert "Not measured for these weights" in text
+        assert not {"license", "model-index"} & yaml.safe_load(text.split("---")[1]).keys()
+    assert "trained on flowers with no added method" in text
+    assert "--data-dir=flowers" in text
+    assert "import timm_alfa" not in text
+
+
+@pytest.mark.parametrize("line", [
+    "--dataset torch/cifar10 --data-dir x --model-kwargs a=1 b=two --opt-betas 0.9 0.95 --input-size 3 8 8",
+    "--data-dir x --alfa-blocks a 'b.*' --alfa-learnable --alfa-gamma 1 --amp --lr 3e-4 --torchcompile eager",
+    "--torchcompile --data-dir x --no-prefetcher",
+])
+def test_flags_are_spelled_as_they_are_read(line: str):
+    parser = build_parser()
+    args = parser.parse_args(shlex.split(line))
+    assert parser.parse_args(spell_flags(parser, args)) == args
+
+
+@pytest.mark.skipif(bool(missing_packages()), reason="the export extra is not installed; the test extra has it")
+def test_onnx_gives_what_the_model_gives(digits_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (tmp_path / "model.onnx.data").write_text("of an earlier export")
+    main([str(digits_run), "--output", str(tmp_path), "--license", "mit"])
+    captured = capfd.readouterr()
+    assert captured.out.splitlines() == [
+        str(tmp_path / name) for name in ("model.safetensors", "config.json", "model.onnx", "README.md")]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.onnx", "model.safetensors"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [(item.name, item.shape[1:]) for item in session.get_inputs()] == [("image", [3, 8, 8])]
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    for count in (1, 5):
+        images = torch.randn(count, 3, 8, 8)
+        (found,) = session.run(["logits"], {"image": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-5)
+    torch.nn.init.zeros_(model.fc.weight)
+    assert largest_difference(tmp_path / "model.onnx", model, (3, 8, 8)) > 0.1
+    assert "`model.onnx` takes `image` [B, 3, 8, 8]" in (tmp_path / "README.md").read_text()
+
+
+def test_without_the_packages_for_onnx_the_rest_is_written(
+        digits_run: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr("timm_alfa.export.command.missing_packages", lambda: ["onnxscript"])
+    (tmp_path / "model.onnx").write_text("of other weights")
+    export_run(digits_run, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
+    assert "model.onnx is left out, it needs onnxscript: pip install 'timm-alfa[export]'" in caplog.messages
+
+
+def test_a_model_that_torch_cannot_export_leaves_the_rest(
+        digits_run: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise TypeError("no such\noperator")
+
+    monkeypatch.setattr("timm_alfa.export.command.missing_packages", list)
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(SystemExit) as exit:
+        main([str(digits_run), "--output", str(tmp_path)])
+    assert exit.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "timm-alfa-export: error: model.onnx: torch cannot export this model: no such operator")
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_mistakes_end_in_one_line_and_nothing_is_written(
+        digits_run: Path,
+        folder_run: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "args.yaml").write_text("model: resnet20s\nepochs: many\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(digits_run / "args.yaml", empty)
+    cut = tmp_path / "cut.pth.tar"
+    cut.write_bytes((digits_run / "last.pth.tar").read_bytes()[:3000])
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"no averaged weights \('state_dict_ema'\)"):
-        export_checkpoint(checkpoint, model, out, use_ema=True)
-    other = timm.create_model("resnet10t", num_classes=5, in_chans=1)
-    with pytest.raises(ValueError, match=r"2 names or shapes differ from the model's, the first is 'fc\.weight'"):
-        export_checkpoint(checkpoint, other, out, use_ema=False)
-    with pytest.raises(ValueError, match=r"names or shapes differ"):
-        export_checkpoint(checkpoint, timm.create_model("resnet18", num_classes=7), out, use_ema=False)
-    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(UsageError, match=r"checkpoint .*best\.pth\.tar: truncated"):
-        export_checkpoint(checkpoint, model, out, use_ema=False)
-    with pytest.raises(ValueError, match=r"expected one built by timm\.create_model, found Linear"):
-        export_model(torch.nn.Linear(2, 2), out)
-    assert not out.exists()
-
-
-def test_a_full_disk_leaves_the_older_export(model, tmp_path, monkeypatch):
-    export_model(model, tmp_path)
-    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-
-    def fail(_descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    changed = make_model()
-    torch.nn.init.constant_(changed.fc.bias, 3)
-    with pytest.raises(OSError, match="No space left"):
-        export_model(changed, tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+    for words, expected in (
+        ([str(tmp_path)], f"RUN_DIR {tmp_path}: no args.yaml in it, expected the folder of a training run"),
+        ([str(broken)], f"RUN_DIR {broken / 'args.yaml'}: epochs: 'many' is not a whole number"),
+        ([str(empty)], "neither model_best.pth.tar nor last.pth.tar in it, expected a run with a finished epoch"),
+        ([str(digits_run), "--checkpoint", "nowhere"], "--checkpoint nowhere: no such file"),
+        ([str(empty), "--checkpoint", "best"], f"{empty / 'model_best.pth.tar'}: no such file"),
+        ([str(digits_run), "--checkpoint", str(cut)], "cut.pth.tar: truncated, damaged or no checkpoint"),
+        ([str(folder_run), "--ema"], "has no averaged weights, expected a run with --model-ema; use --no-ema"),
+        ([str(digits_run), "--checkpoint", str(folder_run / "last.pth.tar"), "--no-ema"],
+         "not of the model in args.yaml, resnet20s: state_dict:"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main([*words, "--output", str(out)])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert exit.value.code == 2
+        assert error.startswith("timm-alfa-export: error: ")
+        assert expected in error
+        assert not out.exists()
+    (tmp_path / "a-file").touch()
+    with pytest.raises(UsageError, match=r"--output .*a-file: cannot be written"):
+        export_run(digits_run, tmp_path / "a-file", onnx=False)

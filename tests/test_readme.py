@@ -21,7 +21,10 @@ from timm_alfa.train.args import build_parser, parse_args
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OTHER_PROGRAMS = {"--nproc_per_node", "--write", "--revert"}  # torchrun's and the patch tool's
+OTHER_PROGRAMS = {
+    "--nproc_per_node", "--write", "--revert", "--license", "--checkpoint", "--ema", "--docformat",
+    "--output-directory",
+}  # torchrun's, pdoc's, and those of the tools for patches and export
 START = re.compile(r"(?:train_alfa\.py|-m timm_alfa\.train|timm-alfa-train) ")
 
 

@@ -62,6 +62,30 @@ def above_zero(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
+def spell_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The words of a command line that gives ``args`` their values, those that are not the defaults.
+
+    Args:
+        parser: Knows the flags; positional arguments are left out.
+        args: Values as the parser, or a configuration file, gave them.
+    """
+    words: list[str] = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if not action.option_strings or value == action.default or value is None:
+            continue
+        flag = action.option_strings[-1]
+        if action.nargs == 0 and isinstance(value, bool):  # a switch; its opposite is the default
+            words.append(flag)
+        elif isinstance(value, dict):
+            words += [flag, *(f"{name}={item}" for name, item in value.items())]
+        elif action.nargs not in (None, "?", 0):
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+        else:
+            words.append(f"{flag}={value}")
+    return words
+
+
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> None:
     """Add a method's flags to a parser, in a group of their own."""
     group = parser.add_argument_group(title)

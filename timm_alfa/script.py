@@ -14,6 +14,7 @@ from torch import nn
 
 from . import cli
 from .errors import UsageError
+from .flags import spell_flags
 from .train.loop import ReportingTask
 
 __all__ = ["add_arguments", "check_arguments", "epoch_metrics", "wrap_task"]
@@ -22,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--method`` and the ``--alfa-*`` flags, without those that only ``train_alfa.py`` acts on."""
+    """Add ``--method`` and the ``--alfa-*`` flags to ``parser``, without those that only ``train_alfa.py`` acts on."""
     cli.add_arguments(parser, previews=False)
 
 
@@ -102,17 +103,8 @@ def _parse_again(args: argparse.Namespace) -> None:
     """Spell our flags' values as a command line would, and parse that: wrong types and choices come out."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_arguments(parser)
-    words: list[str] = []
-    for action in parser._actions:
-        value, flag = getattr(args, action.dest), action.option_strings[-1]
-        if value is True and action.nargs == 0:
-            words.append(flag)
-        elif action.nargs == "+" and value is not None:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-        elif value is not None and value is not False:
-            words.append(f"{flag}={value}")
     try:
-        parsed, rest = parser.parse_known_args(words)
+        parsed, rest = parser.parse_known_args(spell_flags(parser, args))
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
     if rest:

@@ -14,11 +14,16 @@ from ..errors import UsageError
 _logger = logging.getLogger(__name__)
 
 
-def load_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def load_config(path: str, parser: argparse.ArgumentParser, flag: str = "--config") -> dict[str, Any]:
     """Reads a YAML mapping of flag names to values, as defaults for `parser`.
 
     Keys are flag names with ``_`` or ``-``; unknown ones are warned about and left out. A value must be what the
     flag would take on the command line; ``null`` stands for a default that is itself None.
+
+    Args:
+        path: The file.
+        parser: Of the flags.
+        flag: How the user named the file; errors start with it.
 
     Raises:
         UsageError: the file cannot be read, is not plain YAML, is not a mapping, or a value has the wrong type.
@@ -27,13 +32,13 @@ def load_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
     except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror or error})") from error
+        raise UsageError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UsageError(f"--config {path}: not plain YAML ({_describe(error)})") from error
+        raise UsageError(f"{flag} {path}: not plain YAML ({_describe(error)})") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: expected 'flag: value' lines, found a {type(content).__name__}")
+        raise UsageError(f"{flag} {path}: expected 'flag: value' lines, found a {type(content).__name__}")
 
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "version")}
     defaults = {}
@@ -42,12 +47,12 @@ def load_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         if name not in actions:
             near = difflib.get_close_matches(name, actions, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
-            _logger.warning(f"--config {path}: unknown key {key!r} ignored{hint}")
+            _logger.warning(f"{flag} {path}: unknown key {key!r} ignored{hint}")
             continue
         try:
             defaults[name] = _convert(value, actions[name])
         except ValueError as error:
-            raise UsageError(f"--config {path}: {key}: {value!r} is not {error}") from error
+            raise UsageError(f"{flag} {path}: {key}: {value!r} is not {error}") from error
     return defaults
 
 

@@ -17,9 +17,10 @@ from torch import nn
 from timm_alfa.atomic import write_file
 from timm_alfa.checkpoint_file import read_checkpoint
 
-__all__ = ["export_checkpoint", "export_model"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "export_checkpoint", "export_model", "plain_weights"]
 
 WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 
 
 def export_model(
@@ -51,18 +52,16 @@ def export_model(
     model = unwrap_model(model)
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         raise ValueError(f"model: expected one built by timm.create_model, found {type(model).__name__}")
-    own = model.state_dict()
-    weights = own if state_dict is None else clean_state_dict(state_dict)
-    _check_fit(weights, own)
+    weights = model.state_dict() if state_dict is None else plain_weights(state_dict, model)
     # own memory for each: safetensors takes neither shared nor channels-last tensors
     tensors = {
-        name: weights[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in own
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in weights.items()
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_file(folder / WEIGHTS_FILE, lambda file: file.write(data))
-    write_file(folder / "config.json", lambda file: file.write(_config(model, data_config)))
+    write_file(folder / CONFIG_FILE, lambda file: file.write(_config(model, data_config)))
     return folder / WEIGHTS_FILE
 
 
@@ -95,14 +94,25 @@ def export_checkpoint(
     return export_model(model, folder, state_dict=checkpoint[key], data_config=data_config)
 
 
-def _check_fit(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+def plain_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint by the names of a bare model, in its order.
+
+    Args:
+        state_dict: may be that of a model inside DDP or torch.compile.
+        model: the bare model.
+
+    Raises:
+        ValueError: names or shapes differ from the model's.
+    """
+    own, weights = model.state_dict(), clean_state_dict(state_dict)
     wrong = sorted(weights.keys() ^ own.keys()) or [name for name in own if weights[name].shape != own[name].shape]
     if wrong:
         raise ValueError(f"state_dict: {len(wrong)} names or shapes differ from the model's, the first is '{wrong[0]}'")
+    return {name: weights[name] for name in own}
 
 
 def _config(model: nn.Module, data_config: dict[str, Any] | None) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "config.json"
+        path = Path(scratch) / CONFIG_FILE
         save_config_for_hf(model, str(path), data_config=data_config)
         return path.read_bytes()

@@ -1,0 +1,171 @@
+"""The model card of a run: ``README.md`` in the form that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.models import model_entrypoint
+
+import timm_alfa
+
+from .. import cli
+from ..blocks import resolve_blocks
+from ..flags import spell_flags
+from ..train.args import build_parser
+from ..train.data_check import data_root, dataset_kind
+from .onnx_file import ONNX_FILE
+from .trained import BEST, TrainedRun
+
+__all__ = ["CARD_FILE", "command_line", "model_card"]
+
+CARD_FILE = "README.md"
+_HUB_NAMES = {"imagenet": "imagenet-1k"} | {name: name for name in ("cifar10", "cifar100", "mnist", "fashion_mnist")}
+_MEASURES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+_PATHS = ("data_dir", "class_map", "initial_checkpoint", "pretrained_path")
+_OF_THIS_MACHINE = ("output", "experiment", "resume", "local_rank", "wandb_resume_id")
+
+
+def model_card(run: TrainedRun, *, name: str, license: str | None = None, onnx: bool = False) -> str:
+    """The text of a model card: front matter for the hub, then results, training, and how to load the model.
+
+    Args:
+        run: what is exported.
+        name: of the model, on the hub the repository's.
+        license: identifier such as ``apache-2.0``; None leaves it out.
+        onnx: whether ``model.onnx`` lies beside the card.
+    """
+    front = yaml.safe_dump(_front_matter(run, name, license), sort_keys=False, allow_unicode=True)
+    sections = [f"---\n{front}---\n\n# {name}", _summary(run), _results(run), _training(run), _use(run, onnx)]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """The training command that a run's flags amount to; of paths the last part, and nothing of where records went.
+
+    Args:
+        args: as in the run's ``args.yaml``.
+    """
+    shown = argparse.Namespace(**vars(args))
+    shown.data_dir = data_root(args)
+    for path in _PATHS:
+        if getattr(shown, path):
+            setattr(shown, path, Path(getattr(shown, path)).name)
+    parser = build_parser()
+    for left_out in _OF_THIS_MACHINE:
+        setattr(shown, left_out, parser.get_default(left_out))
+    for flag, default in cli.DEFAULTS.items():  # filled in by the run, where the parser has None
+        if getattr(shown, flag) == default:
+            setattr(shown, flag, None)
+    if shown.method == "standard" or (shown.method == "alfa" and shown.alfa_blocks):
+        shown.method = None  # what leaving it out means
+    return shlex.join(["timm-alfa-train", *spell_flags(parser, shown)])
+
+
+def _front_matter(run: TrainedRun, name: str, license: str | None) -> dict[str, Any]:
+    shown, hub_name = _dataset(run.args)
+    accuracies = _accuracies(run)
+    front: dict[str, Any] = {
+        "tags": ["image-classification", "timm", "timm-alfa"],
+        "pipeline_tag": "image-classification",
+        "library_name": "timm",
+    }
+    if license is not None:
+        front["license"] = license
+    if hub_name is not None:
+        front["datasets"] = [hub_name]
+    if accuracies:
+        front["model-index"] = [{
+            "name": name,
+            "results": [{
+                "task": {"type": "image-classification"},
+                "dataset": {"name": shown, "type": hub_name or "imagefolder", "split": run.args.val_split},
+                "metrics": [
+                    {"type": "accuracy", "name": label, "value": round(value, 3)} for label, value in accuracies.items()
+                ],
+            }],
+        }]
+    return front
+
+
+def _dataset(args: argparse.Namespace) -> tuple[str, str | None]:
+    """What to call the data, and its name on the hub if it has one that we know."""
+    kind, rest = dataset_kind(args), args.dataset.partition("/")[2]
+    if kind in ("hfds", "hfids"):
+        return rest, rest
+    if kind == "torch":
+        return rest, _HUB_NAMES.get(rest)
+    return args.dataset or Path(data_root(args) or "images").name, None
+
+
+def _accuracies(run: TrainedRun) -> dict[str, float]:
+    return {
+        label: run.metrics[f"eval_{key}"] for key, label in _MEASURES.items() if f"eval_{key}" in run.metrics
+    }
+
+
+def _summary(run: TrainedRun) -> str:
+    data = _dataset(run.args)[0]
+    return (f"A plain timm `{_architecture(run)}`, trained on {data} with {_method(run)} by timm-alfa. Whatever the "
+            "method, these are the weights of the bare network, and nothing else is needed to use them.")
+
+
+def _architecture(run: TrainedRun) -> str:
+    model: Any = run.model
+    return str(model.pretrained_cfg["architecture"])
+
+
+def _method(run: TrainedRun) -> str:
+    if run.args.method == "alfa":
+        return "L-ALFA" if run.args.alfa_learnable else "ALFA"
+    return "no added method" if run.args.method in (None, "standard") else run.args.method
+
+
+def _results(run: TrainedRun) -> str:
+    weights = f"`{run.source}`, after {run.epoch} of {run.args.epochs} epochs"
+    weights += ", averaged weights (EMA)." if run.averaged else "."
+    split = f"the `{run.args.val_split}` split" + (", which chose the epoch too" if run.source == BEST else "")
+    lines = [f"- {label}: {value:.2f} % on {split}" for label, value in _accuracies(run).items()]
+    return "\n".join(["## Results", "", *(lines or ["- Not measured for these weights."]), f"- Weights: {weights}"])
+
+
+def _training(run: TrainedRun) -> str:
+    args, lines = run.args, []
+    if args.method == "alfa":
+        values = {name: getattr(args, name) for name in cli.DEFAULTS if args.alfa_learnable or name not in cli.LEARNING}
+        shown = ", ".join(
+            f"{name.removeprefix('alfa_').replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+            for name, value in values.items() if value is not None
+        )
+        blocks = ", ".join(f"`{block}`" for block in resolve_blocks(run.model, args.alfa_blocks))
+        lines.append(f"- {_method(run)} at {blocks}: {shown}")
+    versions = f"timm-alfa {timm_alfa.__version__}, timm {timm.__version__}, torch {torch.__version__}"
+    lines.append(f"- Exported with {versions}")
+    return "\n".join(["## Training", "", *lines, "", "```bash", command_line(args), "```"])
+
+
+def _use(run: TrainedRun, onnx: bool) -> str:
+    architecture = _architecture(run)
+    ours = model_entrypoint(architecture).__module__.startswith("timm_alfa.")
+    channels, height, width = run.data_config["input_size"]
+    lines = [
+        "## Use",
+        "",
+        "```python",
+        "import timm",
+        *([f"import timm_alfa  # gives timm the architecture {architecture}"] if ours else []),
+        "",
+        'model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # here: "local-dir:FOLDER"',
+        "config = timm.data.resolve_model_data_config(model)",
+        "transform = timm.data.create_transform(**config, is_training=False)",
+        "```",
+    ]
+    if onnx:
+        lines += ["", f"`{ONNX_FILE}` takes `image` [B, {channels}, {height}, {width}] for any B, normalised as the "
+                      "transform does, and gives `logits` [B, classes]."]
+    return "\n".join(lines)
