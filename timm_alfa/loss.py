@@ -86,7 +86,12 @@ class AlfaLoss:
         )
 
     def combine(self, clean: Tensor, adversarial: list[Tensor]) -> Tensor:
-        """The clean and adversarial terms together; never the same tensor as ``clean``."""
+        """The clean and adversarial terms together; never the same tensor as ``clean``.
+
+        Args:
+            clean: The clean loss, a scalar.
+            adversarial: One scalar per block.
+        """
         if not adversarial:
             return clean.clone()
         of_clean, of_adversarial = self.weights(len(adversarial))
@@ -94,7 +99,7 @@ class AlfaLoss:
         return of_clean * clean + of_adversarial * total
 
     def weights(self, count: int) -> tuple[float, float]:
-        """Factors of the clean loss and of each of ``count`` adversarial losses."""
+        """Factors of the clean loss and of each of ``count`` adversarial losses, ``count`` at least 1."""
         if self.reduction == "sum":
             return 1.0, self.lam
         return 1 / (1 + self.lam), self.lam / (count * (1 + self.lam))

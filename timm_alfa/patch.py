@@ -75,6 +75,9 @@ def patch(source: bytes) -> bytes:
 def unpatch(source: bytes) -> bytes:
     """The script without ALFA's lines.
 
+    Args:
+        source: The patched script.
+
     Raises:
         UsageError: There are calls of them in a form that was not inserted by :func:`patch`.
     """

@@ -114,7 +114,16 @@ class AlfaTask(ClassificationTask):
             mode: str | None = None,
             **compile_kwargs: Any,
     ) -> nn.Module:
-        """Compile the model's parts before, between and after the blocks; replays run between them."""
+        """Compile the model's parts before, between and after the blocks; replays run between them.
+
+        Args:
+            backend: As for ``torch.compile``.
+            mode: As for ``torch.compile``.
+            compile_kwargs: Its other arguments.
+
+        Returns:
+            The model.
+        """
         self.alfa.compile(backend=backend, mode=mode, **compile_kwargs)
         return self.alfa.module
 
@@ -141,7 +150,12 @@ class AlfaTask(ClassificationTask):
         return result
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What a checkpoint needs besides the weights: the step count, eta with its momentum, auxiliary batch norms."""
+        """What a checkpoint needs besides the weights: the step count, eta with its momentum, auxiliary batch norms.
+
+        Args:
+            module: Without effect; timm passes the module whose weights it saves.
+            ema: Whether that is the average of the weights, which needs nothing more: an empty dict.
+        """
         if ema:
             return {}
         state: dict[str, Any] = {"passes": self.alfa.passes}
@@ -160,6 +174,12 @@ class AlfaTask(ClassificationTask):
     ) -> None:
         """Continue from :meth:`get_task_state`; a checkpoint of plain training has none and starts afresh.
 
+        Args:
+            state: What that returned; None or empty changes nothing.
+            strict: Without effect, what is there is checked in any case.
+            module: Without effect.
+            ema: Whether it is for the average of the weights, which has no state of its own.
+
         Raises:
             UsageError: eta was learned for another list of blocks, or auxiliary batch norms are of another model.
         """
@@ -175,7 +195,11 @@ class AlfaTask(ClassificationTask):
             raise UsageError(str(error)) from None
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
-        """What a run should say at its start: the resolved blocks, their shapes and the share of FLOPs behind them."""
+        """What a run should say at its start: the resolved blocks, their shapes and the share of FLOPs behind them.
+
+        Args:
+            input_size: Shape of one image, [C, H, W]; None takes the model's own.
+        """
         alfa, loss = self.alfa, self.objective
         infos = [info for info in list_blocks(alfa.module, input_size, depth=None) if info.name in alfa.blocks]
         bound = "unbounded" if alfa.eps is None else f"eps {alfa.eps:.4g}"

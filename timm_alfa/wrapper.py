@@ -195,7 +195,12 @@ class AlfaWrapper(nn.Module):
     # The steps of a training forward, for those who arrange them differently.
 
     def record(self, input: Any, *, cut: Collection[str] = ()) -> Recording:
-        """The clean pass, with its graph cut at the blocks in ``cut``."""
+        """The clean pass.
+
+        Args:
+            input: What the model takes, [B, ...].
+            cut: Blocks at which the graph is cut.
+        """
         replay = self._active_replay()
         if self.aux is not None and not self._aux_checked:
             norms_behind(self.module, self.blocks, input)
@@ -208,7 +213,11 @@ class AlfaWrapper(nn.Module):
 
     @contextmanager
     def adversarial_pass(self, recording: Recording) -> Iterator[None]:
-        """Around attacks and adversarial outputs: keeps the random state, and the statistics if ``bn`` says so."""
+        """Around attacks and adversarial outputs: keeps the random state, and the statistics if ``bn`` says so.
+
+        Args:
+            recording: Of the clean pass.
+        """
         with recording.end.left_as_is():
             if self.aux is not None:
                 with self.aux.active(), self._statistics.kept_outside_batch_norms():
@@ -227,7 +236,18 @@ class AlfaWrapper(nn.Module):
         return self._statistics.kept_in_recomputation() if self.bn != "shared" else nullcontext()
 
     def clean_gradients(self, recording: Recording, target: Any) -> dict[str, list[Tensor]]:
-        """d crit(model(x), y) / d f_i for every block at once: the gradient of the first step, as delta starts at 0."""
+        """d crit(model(x), y) / d f_i for every block at once: the gradient of the first step, as delta starts at 0.
+
+        Args:
+            recording: Of the clean pass.
+            target: What the criterion takes.
+
+        Returns:
+            By block, one gradient per floating-point tensor of its feature; empty unless :attr:`starts_from_clean`.
+
+        Raises:
+            BlockError: A block has no influence on the loss.
+        """
         if not self.starts_from_clean:
             return {}
         tensors = [tensor for feature in recording.features.values() for tensor in feature.tensors]
@@ -277,25 +297,43 @@ class AlfaWrapper(nn.Module):
             return attack.perturb(gradient_at, delta, steps=steps, alpha=self.alpha, norm=self.norm, eps=self.eps)
 
     def adversarial_output(self, recording: Recording, name: str, delta: Sequence[Tensor]) -> Any:
-        """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i."""
+        """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i.
+
+        Args:
+            recording: Of the clean pass.
+            name: The block.
+            delta: What :meth:`find_delta` returned.
+        """
         feature = recording.features[name]
         tensors = feature.tensors if self.grad == "full" else [tensor.detach() for tensor in feature.tensors]
         return self.replay(recording, name, feature.rebuild(self.perturbed(name, tensors, delta)))
 
     def perturbed(self, name: str, feature: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
-        """f_i + eta_i * delta_i."""
+        """f_i + eta_i * delta_i.
+
+        Args:
+            name: The block.
+            feature: The floating-point tensors of its output, each [B, ...].
+            delta: One tensor of the same shape for each.
+        """
         if self.eta.learnable:
             strength = self.eta.values[self.blocks.index(name)]
             delta = [strength.to(part.dtype) * part for part in delta]
         return _add(feature, delta)
 
     def replay(self, recording: Recording, name: str, value: Any) -> Any:
-        """T_i(value): only the tail of the block computes."""
+        """T_i(value): only the tail of the block computes.
+
+        Args:
+            recording: Of the clean pass.
+            name: The block.
+            value: What it returns, nested as in the clean pass.
+        """
         return self._active_replay().replay(recording, name, value)
 
     @staticmethod
     def is_float16(output: Any) -> bool:
-        """Whether losses on this output need scaling for their gradients not to underflow."""
+        """Whether losses on ``output``, whatever the model returned, need scaling lest their gradients underflow."""
         return any(leaf.dtype == torch.float16 for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -48,6 +48,7 @@ class PadShortcut(nn.Module):
         self.after = out_chs - in_chs - self.before
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The shortcut of `x`, [B, in_chs, H, W]."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
     def extra_repr(self) -> str:
@@ -139,7 +140,13 @@ class CifarResNet(ResNet):
 class SmallCifarResNet(CifarResNet):
     """The three-stage CIFAR network of He et al. (2016), section 4.2, with option-A shortcuts.
 
-    With n basic blocks per stage it has 6n + 2 weighted layers. The arguments are those of `CifarResNet`.
+    With n basic blocks per stage it has 6n + 2 weighted layers.
+
+    Args:
+        block: Residual block class of timm's ResNet.
+        layers: Number of blocks of each of the three stages.
+        channels: Width of each stage, before the block's expansion.
+        kwargs: The other arguments of `CifarResNet`.
 
     Raises:
         ValueError: there are not three stages, a stage is narrower than the one before, or `output_stride` is not 2, 4
@@ -171,7 +178,7 @@ class SmallCifarResNet(CifarResNet):
         return [self.layer1, self.layer2, self.layer3]
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [B, in_chans, H, W] to the last stage's features [B, num_features, H / 4, W / 4]."""
+        """Images `x` [B, in_chans, H, W] to the last stage's features [B, num_features, H / 4, W / 4]."""
         x = self.act1(self.bn1(self.conv1(x)))
         if self.grad_checkpointing:
             return checkpoint_seq(self._stages(), x, flatten=True)  # block by block, as timm's ResNet does

@@ -80,7 +80,16 @@ class PeerTask(ClassificationTask):
             mode: str | None = None,
             **compile_kwargs: Any,
     ) -> nn.Module:
-        """Compile the model, as timm's classification task does."""
+        """Compile the model, as timm's classification task does.
+
+        Args:
+            backend: As for ``torch.compile``.
+            mode: As for ``torch.compile``.
+            compile_kwargs: Its other arguments.
+
+        Returns:
+            The compiled model.
+        """
         compiled = super().compile(backend=backend, mode=mode, **compile_kwargs)
         self.__dict__["step"].module = compiled
         return compiled
@@ -125,7 +134,11 @@ class PeerTask(ClassificationTask):
             self.passes = int(state.get("passes", 0))
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
-        """What a run should say at its start."""
+        """What a run should say at its start.
+
+        Args:
+            input_size: Shape of one image, [C, H, W].
+        """
         return []
 
     def interval_text(self) -> str:

@@ -116,7 +116,12 @@ class Moex:
         self.steps = 0  # batches drawn for
 
     def draw(self, batch_size: int, device: torch.device) -> Tensor | None:
-        """A permutation of a batch, or None if it is left as it is; the global random state stays as it is."""
+        """A permutation [B] of a batch, or None if it is left as it is; the global random state stays as it is.
+
+        Args:
+            batch_size: B.
+            device: Of the permutation.
+        """
         self.steps += 1
         generator = torch.Generator().manual_seed((torch.initial_seed() + 1_000_003 * self.steps) % 2**63)
         if torch.rand((), generator=generator).item() >= self.prob:
@@ -126,6 +131,9 @@ class Moex:
     @contextmanager
     def exchanging(self, order: Tensor) -> Iterator[None]:
         """Forwards inside exchange moments at the block.
+
+        Args:
+            order: Whose moments each image gets, a permutation [B].
 
         Raises:
             BlockError: The block's output is no feature map, or none of the forwards came by.
@@ -148,6 +156,10 @@ class Moex:
 
     def check(self, model: nn.Module, input_size: tuple[int, ...]) -> None:
         """Try it on blank images, before training starts.
+
+        Args:
+            model: The one that holds the block.
+            input_size: Shape of one image, [C, H, W].
 
         Raises:
             BlockError: The block does not run, runs several times, or returns no feature map.

@@ -106,14 +106,25 @@ class PixelAttack:
         return (images + delta).to(images.dtype)
 
     def start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The perturbation that the first step starts from, at least float32."""
+        """The perturbation that the first step starts from, [B, C, H, W], at least float32.
+
+        Args:
+            images: [B, C, H, W], normalised.
+            generator: For a random start, on the images' device.
+        """
         if self.init == "zero":
             return attack.zeros([images])[0]
         eps = self.eps / 255 / self._per_channel(self.std, images)
         return self._valid(images)(attack.uniform([images], eps, generator))[0]
 
     def step(self, images: Tensor, delta: Tensor, gradient: Tensor) -> Tensor:
-        """The perturbation after one step along a gradient that is known."""
+        """The perturbation after one step along a gradient that is known.
+
+        Args:
+            images: [B, C, H, W], normalised.
+            delta: The perturbation so far, of the same shape.
+            gradient: Of what is to rise, with respect to it.
+        """
         return self._perturb(images, delta, lambda _: [gradient], 1)
 
     def _perturb(
@@ -139,12 +150,18 @@ class PixelAttack:
 
     @classmethod
     def for_model(cls, args: argparse.Namespace, model: nn.Module, **settings: Any) -> PixelAttack:
-        """An attack on what the data loader makes of images for this model and these flags (``--mean``, ``--std``)."""
+        """An attack on what the data loader makes of images.
+
+        Args:
+            args: The training command's flags, of which ``--mean`` and ``--std`` count.
+            model: Whose own mean and standard deviation count without them.
+            settings: The other arguments of the attack.
+        """
         config = resolve_data_config(vars(args), model=model, verbose=False)
         return cls(mean=tuple(config["mean"]), std=tuple(config["std"]), **settings)
 
     def describe(self) -> str:
-        """For the log."""
+        """Steps, radius, step size and start in a few words, for the log."""
         towards = ", targeted" if self.targeted else ""
         return f"PGD-{self.steps}, eps {self.eps:g}/255, alpha {self.alpha:g}/255, {self.init} start{towards}"
 
