@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from training_images import make_image_folder
 
+import timm_alfa
 from timm_alfa.errors import UsageError
 from timm_alfa.export.command import export_run, main
 from timm_alfa.export.onnx_file import largest_difference, missing_packages
@@ -33,7 +34,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     flags = ("--dataset digits --img-size 8 --model resnet20s --alfa-blocks @last --alfa-alpha 1/255 --epochs 2"
              " --lr 0.01 --batch-size 256 --warmup-epochs 0 --workers 0"
-             " --model-ema --model-ema-decay 0.5 --experiment a-run")
+             " --model-ema --model-ema-decay 0.5 --val-fraction 0.2 --test-split validation --experiment a-run")
     train([*flags.split(), "--output", str(folder)])
     return folder / "a-run"
 
@@ -118,13 +119,20 @@ def test_the_card(digits_run: Path, tmp_path: Path):
     card = ModelCard(text)  # the hub's own reader
     assert (card.data.license, card.data.library_name) == ("mit", "timm")
     assert {"timm", card.data.pipeline_tag} <= set(card.data.tags)
-    top1, _ = card.data.eval_results
+    tested, _, top1, _ = card.data.eval_results
+    assert [result.dataset_split for result in (tested, top1)] == ["validation", "0.2 of train"]
+    final = json.loads((digits_run / "test.json").read_text())
+    assert tested.metric_value == pytest.approx(final["top1"], abs=1e-3)
+    assert f"top-1 accuracy: {final['top1']:.2f} % on the `validation` split\n" in text
     assert top1.metric_type == "accuracy"
     epoch = torch.load(digits_run / "model_best.pth.tar", weights_only=False)["epoch"]
     row = (digits_run / "summary.csv").read_text().splitlines()[1 + epoch].split(",")
     header = (digits_run / "summary.csv").read_text().splitlines()[0].split(",")
     assert top1.metric_value == pytest.approx(float(row[header.index("eval_top1")]), abs=1e-3)
-    assert f"top-1 accuracy: {float(row[header.index('eval_top1')]):.2f} % on the `validation` split" in text
+    assert f"top-1 accuracy: {float(row[header.index('eval_top1')]):.2f} % on the `0.2 of train` split, which" in text
+    versions = f"timm-alfa {timm_alfa.__version__}, timm {timm.__version__}, torch {torch.__version__}"
+    assert f"Trained with {versions} on" in text
+    assert f"Exported with {versions}" in text
     assert "ALFA at `layer3`: alpha 0.003922, steps 1" in text
     assert f"after {epoch + 1} of 2 epochs, averaged weights (EMA)" in text
     assert "import timm_alfa" in text

@@ -84,11 +84,11 @@ def _front_matter(run: TrainedRun, name: str, license: str | None) -> dict[str, 
             "name": name,
             "results": [{
                 "task": {"type": "image-classification"},
-                "dataset": {"name": shown, "type": hub_name or "imagefolder", "split": run.args.val_split},
+                "dataset": {"name": shown, "type": hub_name or "imagefolder", "split": split},
                 "metrics": [
-                    {"type": "accuracy", "name": label, "value": round(value, 3)} for label, value in accuracies.items()
+                    {"type": "accuracy", "name": label, "value": round(value, 3)} for label, value in measured.items()
                 ],
-            }],
+            } for split, measured in accuracies.items()],
         }]
     return front
 
@@ -103,10 +103,18 @@ def _dataset(args: argparse.Namespace) -> tuple[str, str | None]:
     return args.dataset or Path(data_root(args) or "images").name, None
 
 
-def _accuracies(run: TrainedRun) -> dict[str, float]:
+def _accuracies(run: TrainedRun) -> dict[str, dict[str, float]]:
+    """What was measured of these weights, by split: that of ``--test-split`` first."""
+    validation = {key.removeprefix("eval_"): value for key, value in run.metrics.items() if key.startswith("eval_")}
+    found = {str(run.test.get("split")): run.test, _validation_split(run.args): validation}
     return {
-        label: run.metrics[f"eval_{key}"] for key, label in _MEASURES.items() if f"eval_{key}" in run.metrics
+        split: {label: float(values[key]) for key, label in _MEASURES.items()}
+        for split, values in found.items() if values.keys() >= _MEASURES.keys()
     }
+
+
+def _validation_split(args: argparse.Namespace) -> str:
+    return f"{args.val_fraction:.3g} of {args.train_split}" if args.val_fraction else args.val_split
 
 
 def _summary(run: TrainedRun) -> str:
@@ -129,8 +137,11 @@ def _method(run: TrainedRun) -> str:
 def _results(run: TrainedRun) -> str:
     weights = f"`{run.source}`, after {run.epoch} of {run.args.epochs} epochs"
     weights += ", averaged weights (EMA)." if run.averaged else "."
-    split = f"the `{run.args.val_split}` split" + (", which chose the epoch too" if run.source == BEST else "")
-    lines = [f"- {label}: {value:.2f} % on {split}" for label, value in _accuracies(run).items()]
+    lines = [
+        f"- {label}: {value:.2f} % on the `{split}` split"
+        + (", which chose the epoch too" if run.source == BEST and split == _validation_split(run.args) else "")
+        for split, measured in _accuracies(run).items() for label, value in measured.items()
+    ]
     return "\n".join(["## Results", "", *(lines or ["- Not measured for these weights."]), f"- Weights: {weights}"])
 
 
@@ -144,6 +155,10 @@ def _training(run: TrainedRun) -> str:
         )
         blocks = ", ".join(f"`{block}`" for block in resolve_blocks(run.model, args.alfa_blocks))
         lines.append(f"- {_method(run)} at {blocks}: {shown}")
+    recorded = run.environment
+    if recorded:
+        known = ", ".join(f"{name} {recorded[name]}" for name in ("timm-alfa", "timm", "torch") if name in recorded)
+        lines.append(f"- Trained with {known} on {recorded.get('hardware', 'unknown hardware')}")
     versions = f"timm-alfa {timm_alfa.__version__}, timm {timm.__version__}, torch {torch.__version__}"
     lines.append(f"- Exported with {versions}")
     return "\n".join(["## Training", "", *lines, "", "```bash", command_line(args), "```"])

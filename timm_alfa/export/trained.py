@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..report.records import read_run
 from ..train.args import build_parser
 from ..train.config import load_config
 from ..train.data import default_class_count
+from ..train.final_test import TEST_FILE
 from ..train.model import build_model
 from .weights import plain_weights
 
@@ -38,6 +40,8 @@ class TrainedRun:
         averaged: whether the weights are the averaged ones (EMA).
         epoch: number of finished epochs, from 1.
         metrics: what ``summary.csv`` says of these very weights in that epoch; empty where it says nothing.
+        test: what ``test.json`` says of these very weights; empty where it says nothing.
+        environment: the run's hardware and versions, as far as it recorded them.
     """
 
     args: argparse.Namespace
@@ -48,6 +52,8 @@ class TrainedRun:
     averaged: bool
     epoch: int
     metrics: dict[str, float]
+    test: dict[str, Any]
+    environment: dict[str, Any]
 
 
 def read_trained_run(folder: Path, checkpoint: str | None = None, ema: bool | None = None) -> TrainedRun:
@@ -79,8 +85,13 @@ def read_trained_run(folder: Path, checkpoint: str | None = None, ema: bool | No
     except ValueError as error:
         raise UsageError(f"--checkpoint {path}: not of the model in args.yaml, {args.model}: {error}") from error
     model.load_state_dict(weights)
+    index = int(content.get("epoch", -1))
+    record = read_run(folder) if (folder / "summary.csv").is_file() else None
+    metrics: dict[str, float] = {}
     # the run measured one of the two, and a checkpoint in the middle of an epoch not at all
-    measured = "metric" in content and averaged == (args.model_ema and not args.model_ema_force_cpu)
+    if record is not None and "metric" in content and averaged == (args.model_ema and not args.model_ema_force_cpu):
+        metrics = next((row for row in reversed(record.epochs) if row["epoch"] == index), {})
+    test = _read_test(folder)
     return TrainedRun(
         args=args,
         model=model.eval(),
@@ -88,8 +99,10 @@ def read_trained_run(folder: Path, checkpoint: str | None = None, ema: bool | No
         data_config=resolve_data_config(vars(args), model=model),
         source=path.name,
         averaged=averaged,
-        epoch=int(content.get("epoch", -1)) + 1,
-        metrics=_metrics(folder, int(content["epoch"])) if measured and "epoch" in content else {},
+        epoch=index + 1,
+        metrics=metrics,
+        test=test if (test.get("epoch"), args.model_ema) == (index, averaged) else {},
+        environment={} if record is None else record.environment,
     )
 
 
@@ -114,8 +127,11 @@ def _build(args: argparse.Namespace) -> nn.Module:
     return build_model(plain)
 
 
-def _metrics(folder: Path, epoch: int) -> dict[str, float]:
-    if not (folder / "summary.csv").is_file():
+def _read_test(folder: Path) -> dict[str, Any]:
+    path = folder / TEST_FILE
+    if not path.is_file():
         return {}
-    rows = [row for row in read_run(folder).epochs if row["epoch"] == epoch]
-    return rows[-1] if rows else {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"RUN_DIR {path}: cannot be read ({error})") from error
