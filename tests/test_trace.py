@@ -38,6 +38,20 @@ def test_a_model_without_flops_has_no_tail() -> None:
     assert [visit.tail_share for visit in trace(nn.Sequential(nn.ReLU()), torch.zeros(1, 3))] == [0.0]
 
 
+def test_a_weight_may_be_handed_from_module_to_module() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 4))
+            self.mix = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mix(self.token)
+
+    (visit,) = trace(Token(), torch.zeros(1, 4))
+    assert (visit.name, visit.shapes) == ("mix", ((4,),))
+
+
 def test_mode_buffers_random_state_and_modules_stay() -> None:
     model = Small().train()
     model.block.eval()

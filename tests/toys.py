@@ -135,6 +135,34 @@ class InPlace(nn.Module):
         return self.head((self.act(y) * torch.sigmoid(skip)).mean(dim=(2, 3)))
 
 
+class Chain(nn.Module):
+    """Returns a feature, another one that is computed from it, and that one again, as a stage with a neck does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(6, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = torch.tanh(self.first(x))
+        second = torch.tanh(self.second(first))
+        return first, second, second
+
+
+class Dependent(nn.Module):
+    """Of what a block returns, one tensor leads nowhere, one is computed from it, and one is in there twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.chain = Chain()
+        self.head = nn.Linear(5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, second, again = self.chain(torch.tanh(self.stem(x)))
+        return self.head((second * again.sigmoid()).mean(dim=(2, 3)))
+
+
 class Repeated(nn.Module):
     """One block runs twice, one never, one is a list, one returns integers, one leads nowhere."""
 

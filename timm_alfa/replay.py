@@ -354,16 +354,19 @@ class _RecordPass(_Pass):
     def _keep_feature(self, region: _Region, output: Any) -> Any:
         """Note a chosen block's output; returns it with a gradient, should a frozen prefix have left it without."""
         leaves, spec = tree_flatten(output)
-        if not any(map(_is_floating, leaves)):
+        floating = [index for index, leaf in enumerate(leaves) if _is_floating(leaf)]
+        if not floating:
             raise BlockError(
                 f"block {region.name!r} returns no floating-point tensor (but {type(output).__name__}); "
                 "choose a block that returns a feature map"
             )
-        kept = [
-            leaf.detach().requires_grad_() if _is_floating(leaf) and not leaf.requires_grad else leaf for leaf in leaves
-        ]
-        self.features[region.name] = Feature([leaf for leaf in kept if _is_floating(leaf)], kept, spec)
-        return tree_unflatten(kept, spec)
+        for index in floating:
+            if not leaves[index].requires_grad:
+                leaves[index] = leaves[index].detach().requires_grad_()
+            elif len(floating) > 1:  # one may be computed from another, or be it: each is to have its own gradient
+                leaves[index] = leaves[index].view_as(leaves[index])
+        self.features[region.name] = Feature([leaves[index] for index in floating], leaves, spec)
+        return tree_unflatten(leaves, spec)
 
     def _cut(self, region: _Region, output: Any) -> Any:
         leaves, spec = tree_flatten(output)

@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .attack import working_dtype
-from .errors import BlockError
 from .eta import l1_norm
 from .replay import Cut, Recording
-from .wrapper import FLOAT16_SCALE, AlfaWrapper
+from .wrapper import FLOAT16_SCALE, AlfaWrapper, reaching
 
 Observer: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
@@ -204,13 +203,8 @@ class _Gradients:
 
     def clean_at(self, cut: Cut) -> list[Tensor]:
         """d crit(model(x), y) / d f_i."""
-        gradients = self.clean[cut.order]
-        if all(gradient is None for gradient in gradients):
-            raise BlockError(f"block {cut.block!r} has no influence on the loss; choose one that the output depends on")
-        return [
-            torch.zeros_like(leaf) if gradient is None else gradient
-            for leaf, gradient in zip(cut.leaves, gradients, strict=True)
-        ]
+        assert cut.block is not None
+        return reaching(cut.block, self.clean[cut.order], cut.leaves)
 
     def hand_over(self, loss: Tensor, sweep: Sweep) -> Tensor:
         """The loss, with a ``backward`` that delivers what was found to the weights and to what came before."""

@@ -253,7 +253,7 @@ class AlfaWrapper(nn.Module):
         tensors = [tensor for feature in recording.features.values() for tensor in feature.tensors]
         gradients = iter(self._gradient(recording.output, target, tensors, retain_graph=True))
         return {
-            name: [_reaching(name, next(gradients)) for _ in feature.tensors]
+            name: reaching(name, [next(gradients) for _ in feature.tensors], feature.tensors)
             for name, feature in recording.features.items()
         }
 
@@ -281,7 +281,7 @@ class AlfaWrapper(nn.Module):
             leaves = [part.detach().requires_grad_() for part in delta]
             value = feature.rebuild(_add([tensor.detach() for tensor in feature.tensors], leaves))
             output = self._active_replay().replay(recording, name, value, detach=True)
-            return [_reaching(name, gradient) for gradient in self._gradient(output, target, leaves)]
+            return reaching(name, self._gradient(output, target, leaves), leaves)
 
         if first_gradient is not None:
             delta = attack.ascend(None, first_gradient, alpha=self.alpha, norm=self.norm, eps=self.eps)
@@ -373,10 +373,18 @@ def _add(features: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
     return [total.to(feature.dtype) for total, feature in zip(sums, features, strict=True)]
 
 
-def _reaching(name: str, gradient: Tensor | None) -> Tensor:
-    if gradient is None:
+def reaching(name: str, gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A block's gradients, with zeros where one of its tensors leads nowhere.
+
+    Raises:
+        BlockError: None of them reaches the loss.
+    """
+    if all(gradient is None for gradient in gradients):
         raise BlockError(f"block {name!r} has no influence on the loss; choose one that the output depends on")
-    return gradient
+    return [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for gradient, tensor in zip(gradients, tensors, strict=True)
+    ]
 
 
 def _check_model(model: nn.Module) -> None:

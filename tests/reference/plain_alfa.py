@@ -59,7 +59,7 @@ def plain_alfa(
             leaves = [part.detach().requires_grad_() for part in delta]
             torch.set_rng_state(state)
             loss = criterion(forward_with(model, input, block, leaves, detach=True), target)
-            gradients = torch.autograd.grad(loss, leaves)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             delta = [part + alpha * way for part, way in zip(delta, direction(gradients, norm), strict=True)]
             if eps is not None:
                 delta = into_ball(delta, eps, norm)
