@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from toys import Small, batch
 from training_images import make_image_folder
 
+from timm_alfa.errors import UsageError
 from timm_alfa.peers import PgdTask, PixelAttack
-from timm_alfa.robust import main, robust_accuracy
+from timm_alfa.robust import robust_accuracy
+from timm_alfa.robust.command import main
 from timm_alfa.train import main as train_main
+from timm_alfa.train.args import parse_args
 
 EPS = 48.0  # of 255; the digits have strong contrasts
 
@@ -99,6 +103,43 @@ def test_command_on_a_checkpoint_and_on_its_export(tmp_path: Path, capsys: pytes
     assert results[0]["images"] == 6
     assert results[0]["robust_top1"] <= results[0]["top1"]
     assert "PGD-2, eps 4/255, alpha 2/255, zero start: clean " in capsys.readouterr().out
+
+
+def test_a_run_ends_with_the_robust_accuracy_of_what_it_exported(
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = make_image_folder(tmp_path / "data")
+    common = ["--data-dir", str(data), "--model", "resnet20s", "--num-classes", "3", "--workers", "0", "-b", "6"]
+    attack = ["--eval-pgd", "2", "--eval-pgd-eps", "4"]
+    train = [*common, *attack, "--alfa-blocks", "@last", "--model-ema", "--epochs", "1", "--resume", "auto",
+             "--output", str(tmp_path), "--experiment", "run"]
+    with caplog.at_level("INFO"):
+        train_main(train)
+    record = tmp_path / "run" / "robust.json"
+    found = json.loads(record.read_text())
+    assert found == {"checkpoint": "model.safetensors", "attack": "PGD-2, eps 4/255, alpha 2/255, uniform start",
+                     **main([*common, *attack, "--initial-checkpoint", str(tmp_path / "run" / "model.safetensors")])}
+    line = f"clean {found['top1']:.2f}, robust {found['robust_top1']:.2f} (top-1 in percent, 6 images)"
+    assert line in caplog.text
+    record.unlink()  # as if killed before it had been measured
+    train_main(train)
+    assert json.loads(record.read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--eval-pgd", "0"], "--eval-pgd 0: expected a whole number of at least 1"),
+        (["--eval-pgd-eps", "4"], "--eval-pgd-eps 4.0: has no effect without --eval-pgd"),
+        (["--eval-pgd", "2", "--eval-pgd-alpha", "0"], "--eval-pgd-alpha 0.0: expected a finite step above 0"),
+        (["--eval-pgd", "2", "--val-split="], "--eval-pgd 2: attacks test or validation images; name some with --val-split"),
+    ],
+)
+def test_bad_flags_of_a_run(argv: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_args(argv)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from .. import cli
+from ..flags import add_flags
+from ..robust import evaluation as robust
 from . import flags_data, flags_optim
 from .checks import check_arguments
 from .config import load_config
@@ -33,6 +35,7 @@ def build_parser() -> TrainParser:
     flags_data.add_batchnorm_arguments(parser)
     flags_data.add_ema_arguments(parser)
     flags_data.add_run_arguments(parser)
+    add_flags(parser, "Robust accuracy of the exported model, once training has ended", robust.FLAGS)
     flags_optim.add_resolution_arguments(parser)
     add_refused_arguments(parser)
     return parser
@@ -60,6 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_refused(args)
     check_arguments(args)
     cli.check_arguments(args)
+    robust.check_arguments(args)
     # no abbreviation of --device is unambiguous, so this finds it in every spelling
     check_device(args.device, given=any(item.split("=", 1)[0] == "--device" for item in argv))
     return args

@@ -32,6 +32,7 @@ from .final_test import TEST_FILE, best_checkpoint, test_best_checkpoint
 from .log import setup_logging
 from .loop import ReportingTask, prepare_batch, train_one_epoch
 from .output import MetricLog, open_output, snapshot
+from .robust import ROBUST_FILE, attack_exported
 
 _logger = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ def train(args: argparse.Namespace, *, command: str) -> None:
             _export(plan, folder)  # the run was killed between its last checkpoint and the export
         if plan.resume_path and plan.test_loader is not None and not (folder / TEST_FILE).exists():
             _test(plan, folder)
+        if plan.resume_path and utils.is_primary(args) and not (folder / ROBUST_FILE).exists():
+            attack_exported(plan, folder)
 
 
 def _train_and_export(plan: Plan, config: dict[str, Any], command: str) -> None:
@@ -137,6 +140,8 @@ def _train_and_export(plan: Plan, config: dict[str, Any], command: str) -> None:
     tested = None if interrupted else _test(plan, run.folder)
     if utils.is_primary(args):
         _print_results(plan, results, tested)
+    if run.folder is not None and not interrupted:
+        attack_exported(plan, run.folder)
     if interrupted:
         sys.exit(130)
 

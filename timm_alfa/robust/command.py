@@ -1,0 +1,85 @@
+"""``python -m timm_alfa.robust --initial-checkpoint FILE --model NAME``: robust accuracy of any checkpoint.
+
+Takes the flags of the training command for the model, its weights, the data and the device, and attacks the validation
+images with l_inf PGD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import UsageError
+from ..flags import add_flags, fill_flags
+from ..train.args import build_parser, parse_args
+from ..train.assemble import create_seeded_model
+from ..train.data import check_class_count, check_data_arguments, create_datasets, default_class_count
+from ..train.device import create_precision
+from ..train.log import setup_logging
+from ..train.model import check_forward, place_model
+from ..train.parser import TrainParser
+from . import evaluation
+from .evaluation import describe, evaluate
+
+FLAGS = (dataclasses.replace(evaluation.FLAGS[0], default=20), *evaluation.FLAGS[1:])  # PGD-20, as in the paper
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Robust accuracy for checked flags.
+
+    Raises:
+        UsageError: The model, its weights or the data cannot be had.
+    """
+    args.prefetcher = True
+    if args.num_classes is None:
+        args.num_classes = default_class_count(args)
+    args.train_split = args.test_split or args.val_split  # the one that is looked at, all of it
+    args.val_fraction = args.train_fraction = None
+    args.val_split = args.test_split = ""
+    check_data_arguments(args)
+    model, data_config, device = create_seeded_model(args)
+    if args.distributed:
+        raise UsageError("WORLD_SIZE: robust accuracy is measured in one process; start it without torchrun")
+    precision = create_precision(args, device)
+    model = place_model(args, model, device, precision.model_dtype)
+    check_forward(args, model, data_config["input_size"], precision)
+    dataset: Any = create_datasets(args, data_config)[0]
+    check_class_count(args, dataset, None)
+    result = evaluate(
+        args, model, dataset, data_config, device=device, dtype=precision.model_dtype, autocast=precision.autocast
+    )
+    print(describe(result))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Raises:
+        SystemExit: 2 after a user's mistake.
+    """
+    setup_logging(primary=True)
+    own = TrainParser(prog="python -m timm_alfa.robust", add_help=False, allow_abbrev=False)
+    add_flags(own, "Robust accuracy", FLAGS)
+    try:
+        given, others = own.parse_known_args(sys.argv[1:] if argv is None else argv)
+        if {"-h", "--help"} & set(others):
+            print(own.format_help() + "\nBesides these, the training command's flags for model, data and device:\n")
+            build_parser().print_help()
+            sys.exit(0)
+        fill_flags(given, FLAGS)
+        args = parse_args(others)
+        for name, value in vars(given).items():
+            setattr(args, name, value)
+        if not (args.initial_checkpoint or args.pretrained or args.pretrained_path):
+            raise UsageError("--initial-checkpoint: name the checkpoint to evaluate, such as model_best.pth.tar")
+        return run(args)
+    except UsageError as error:
+        print(f"timm_alfa.robust: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
