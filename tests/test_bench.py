@@ -1,10 +1,12 @@
-"""The benchmark of step costs: its statistics, its floors, its peak memory, and what it runs."""
+"""The benchmarks: their statistics, peak memory, what they run, and their commands."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import runpy
+import shlex
 import statistics
 import subprocess
 import sys
@@ -15,15 +17,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference.plain_alfa import plain_alfa
+from timm.task import ClassificationTask
+from timm.utils import AverageMeter
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from toys import Small, batch, family
 from untouched import picture
 
-from timm_alfa.bench import memory, step, timing
+from timm_alfa.bench import common, loop, memory, step, timing, variants
+from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
-from timm_alfa.bench.variants import Variant, alfa, plain, released, tail_shares, training_step
+from timm_alfa.bench.variants import Variant, alfa, alfa_wrapper, l_alfa, plain, training_step
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 TINY = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--rounds", "1", "--no-memory"]
 
 
@@ -70,23 +76,6 @@ def test_every_round_calls_each_function_once_in_changing_order(clock: Clock) ->
     assert len(set(rounds)) > 1
 
 
-def test_floors_by_hand() -> None:
-    """A quarter of the FLOPs behind the block; a forward is 1/3 of a step, a backward for inputs alone another 1/3."""
-    assert plain().floor([]) == 1
-    assert alfa(["a"]).floor([0.25]) == pytest.approx(1.25)
-    assert alfa(["a"], steps=5).floor([0.25]) == pytest.approx(1.25 + 4 * 0.25 * 2 / 3)
-    assert released(["a"]).floor([0.25]) == pytest.approx(1 + 0.75 / 3 + 0.25 * 2 / 3 + 0.25)
-    assert released(["a"], steps=5).floor([0.25]) == pytest.approx(1 + 0.75 / 3 + 5 * 0.25 * 2 / 3 + 0.25)
-    # two blocks: the piece between them is walked once more for the first one's attack
-    assert alfa(["a", "b"]).floor([0.5, 0.25]) == pytest.approx(1 + 0.5 + 0.25 + (0.5 - 0.25) / 3)
-    assert alfa(["a", "b"], sample_blocks=1).floor([0.5, 0.25]) == pytest.approx(1 + (0.5 + 0.25) / 2)
-
-
-def test_tails_come_in_order_of_execution() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(4, 8))  # 64, 32 and 32 products
-    assert tail_shares(model, ["1", "0"], torch.zeros(1, 8)) == [0.5, 0.25]
-
-
 def lively_resnet() -> tuple[nn.Module, Tensor, Tensor]:
     model, images, target = family("resnet")
     for module in model.modules():
@@ -107,7 +96,7 @@ def test_the_released_structure_trains_what_it_should(blocks: list[str], steps: 
     expected = plain_alfa(
         model, F.cross_entropy, images, target, blocks, alpha=0.5 / 255, steps=steps, grad="tail", reduction="mean"
     )
-    loss = released(blocks, steps=steps).build(model, F.cross_entropy, images)(images, target)
+    loss = released(blocks, steps=steps).build(model, images, False)(images, target)
     loss.backward()
     torch.testing.assert_close(loss, expected.loss, rtol=1e-9, atol=0)
     whole = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
@@ -119,20 +108,20 @@ def test_the_released_structure_trains_what_it_should(blocks: list[str], steps: 
 
 
 def test_the_released_structure_names_a_block_that_does_not_run() -> None:
-    from timm_alfa.bench.variants import _forward_to
-
     images, _ = batch(8, dtype=torch.float32)
     with pytest.raises(ValueError, match="'other' did not run"):
         _forward_to(Small(), "other", images)
 
 
-@pytest.mark.parametrize("variant", [plain(), alfa(["block"], steps=2), alfa(["stem", "block"], learnable=True)])
+@pytest.mark.parametrize(
+    "variant", [plain(), alfa(["block"], steps=2), l_alfa(["stem", "block"]), alfa_wrapper(["block"])]
+)
 def test_a_training_step_moves_the_weights(variant: Variant) -> None:
     model = Small().train()
     images, target = batch(8, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    one = training_step(variant.build(model, F.cross_entropy, images), optimizer, lambda: torch.autocast("cpu"))
+    loss_of = variant.build(model, images, False)
+    one = training_step(loss_of, torch.optim.SGD(model.parameters(), lr=0.1), lambda: torch.autocast("cpu"))
     one(images, target)
     assert all(parameter.grad is None for parameter in model.parameters())
     moved = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
@@ -180,12 +169,15 @@ def test_step_writes_its_records(
 
     monkeypatch.setattr(step, "memory_in_fresh_process", measured)
     output = tmp_path / "folder" / "cost"
-    flags = ["--blocks", "layer3", "@last", "--steps", "1", "--l-alfa", "--released", "--output", str(output)]
+    methods = ["alfa", "alfa-wrapper", "l-alfa", "l-alfa-drawn", "released", "advprop", "fast-advprop", "noise", "moex",
+               "pgd-at"]
+    flags = ["--methods", *methods, "--blocks", "layer3", "@last", "--steps", "1", "--output", str(output)]
     step.main([*(flag for flag in TINY if flag != "--no-memory"), *flags])
     names = [
-        "plain", "plain again (A/A)", "ALFA PGD-1, layer3", "ALFA PGD-1, layer4", "released structure PGD-1, layer3",
-        "released structure PGD-1, layer4", "L-ALFA PGD-1, 2 blocks", "L-ALFA PGD-1, 2 blocks, 1 drawn",
-        "released structure PGD-1, 2 blocks",
+        "plain", "plain again (A/A)", "ALFA PGD-1, layer3", "ALFA PGD-1, layer4", "ALFA (AlfaWrapper) PGD-1, layer3",
+        "ALFA (AlfaWrapper) PGD-1, layer4", "L-ALFA PGD-1, 2 blocks", "L-ALFA PGD-1, 1 drawn of 2 blocks",
+        "released structure PGD-1, layer3", "released structure PGD-1, layer4", "AdvProp PGD-1", "Fast AdvProp",
+        "noise, layer3", "noise, layer4", "MoEx, act1", "adversarial training PGD-1",
     ]  # fmt: skip
     assert asked == names
     record = json.loads(output.with_suffix(".json").read_text())
@@ -196,7 +188,10 @@ def test_step_writes_its_records(
         assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
         assert row["low"] <= row["ratio"] <= row["high"]
         assert row["memory_ratio"] == pytest.approx(1 + index / 2)
-    assert record["rows"][2]["floor"] > record["rows"][3]["floor"] > record["rows"][0]["floor"] == 1
+    floors = {row["name"]: row["floor"] for row in record["rows"]}
+    assert floors["ALFA PGD-1, layer3"] > floors["ALFA PGD-1, layer4"] > floors["plain"] == floors["MoEx, act1"] == 1
+    both = floors["ALFA PGD-1, layer3"] + floors["ALFA PGD-1, layer4"]
+    assert floors["L-ALFA PGD-1, 1 drawn of 2 blocks"] == pytest.approx(both / 2)
     table = output.with_suffix(".md").read_text()
     assert table == capsys.readouterr().out
     assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[6:]] == names
@@ -211,23 +206,118 @@ def test_the_command_without_memory(capsys: pytest.CaptureFixture[str], monkeypa
     assert all(row.endswith("|  |") for row in rows)
 
 
+def test_only_all_blocks_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(step, "compare", lambda steps, **_: {name: timing.Ratio(1, 1, 1, 1, 1) for name in steps})
+    chosen = ["--methods", "l-alfa", "l-alfa-drawn", "released", "--together", "--blocks", "@stages"]
+    step.main([*TINY, *chosen, "--steps", "1", "3"])
+    names = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[8:]]
+    assert names == [
+        "L-ALFA PGD-1, 5 blocks", "L-ALFA PGD-3, 5 blocks", "L-ALFA PGD-1, 1 drawn of 5 blocks",
+        "L-ALFA PGD-3, 1 drawn of 5 blocks", "released structure PGD-1, 5 blocks", "released structure PGD-3, 5 blocks",
+    ]
+
+
+def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(variants.torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    step.main([*TINY, "--methods", "moex", "released", "--steps", "1", "--compile"])
+    out = capsys.readouterr().out
+    assert "Left out: MoEx, act1 (does not go with MoEx" in out
+    assert "Left out: released structure PGD-1, layer4 (runs eagerly, as its original does)." in out
+    assert "| plain again (A/A) |" in out
+    assert "| MoEx" not in out
+    assert len(compiled) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    step.main([*TINY, "--methods", "alfa", "advprop", "--steps", "1", "--compile"])
+    torch._dynamo.reset()
+    out = capsys.readouterr().out
+    assert "| ALFA PGD-1, layer4 |" in out
+    assert "| AdvProp PGD-1 |" in out
+    assert "Left out" not in out
+
+
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("command", "flags", "expected"),
     [
-        (["--blocks", "layer9"], "--blocks layer9: no block is called 'layer9'"),
-        (["--steps", "0"], "--steps"),
-        (["--rounds", "0"], "--rounds"),
-        (["--l-alfa"], "--l-alfa"),
-        (["--model", "resnet20x"], "resnet20x"),
+        ("step", ["--blocks", "layer9"], "--blocks layer9: no block is called 'layer9'"),
+        ("step", ["--blocks", "layer1.0.drop_path"], "--blocks layer1.0.drop_path: "),
+        ("step", ["--steps", "1", "0"], "--steps 1 0: expected whole numbers of at least 1"),
+        ("step", ["--rounds", "0"], "--rounds 0: "),
+        ("step", ["--methods", "l-alfa"], "--methods l-alfa: needs several blocks, found --blocks layer4"),
+        ("step", ["--together"], "--together: needs several blocks"),
+        ("step", ["--methods", "mixup"], "argument --methods: invalid choice: 'mixup'"),
+        ("step", ["--methods", "moex", "--moex-block", "fc"], "--moex-block fc: "),
+        ("step", ["--moex-block", "act1"], "--moex-block act1: has no effect without --methods moex"),
+        ("step", ["--model", "resnet20x"], "--model resnet20x: timm has no such model"),
+        ("step", ["--device", "gpu"], "--device gpu: not a device"),
+        ("loop", ["--batches", "0"], "--batches 0: "),
+        ("loop", ["--amp", "float16"], "--amp float16: needs a loss scaler"),
+        ("loop", ["--metods", "alfa"], "unrecognized arguments: --metods alfa"),
     ],
 )
-def test_mistakes(flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(command: str, flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = TINY if command == "step" else TINY[:-1]
     with pytest.raises(SystemExit) as caught:
-        step.main([*TINY, *flags])
+        common.run(command, {"step": step.main, "loop": loop.main}[command], [*tiny, *flags])
     assert caught.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("python -m timm_alfa.bench step: error: ")
-    assert expected in error
+    error = capsys.readouterr().err
+    assert error.startswith(f"timm_alfa.bench {command}: error: {expected}")
+    assert error.count("\n") == 1
+
+
+def test_the_loops_train_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same losses, batch by batch, from the same weights, images and order."""
+    losses: dict[str, list[float]] = {"plain": [], "command": []}
+    update = AverageMeter.update
+
+    def noted(meter: AverageMeter, value: float, count: int = 1) -> None:
+        if count == 4:  # not the meters of time
+            losses[now].append(value)
+        update(meter, value, count)
+
+    monkeypatch.setattr(AverageMeter, "update", noted)
+    monkeypatch.setitem(loop.OPTIMIZER, "lr", 0.1)
+    flags = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "4", "--device", "cpu"]
+    args = loop.build_parser().parse_args(flags)
+    images = loop.Images(12, 32)
+    for now, create in (("plain", loop.plain_epoch), ("command", loop.command_epoch)):
+        epoch: Any = create(args, images)
+        if now == "command":
+            assert type(epoch.args[0].task) is ClassificationTask
+            epoch.args[0].module.load_state_dict(common.create_model(args, num_classes=10).state_dict())
+        torch.manual_seed(1)
+        epoch()
+    assert len(losses["plain"]) == 3
+    assert losses["plain"] == losses["command"]
+
+
+def test_loop_writes_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "loop"
+    loop.main([*TINY[:-1], "--batches", "2", "--output", str(output)])
+    record = json.loads(output.with_suffix(".json").read_text())
+    names = ["plain loop", "plain loop again (A/A)", "train_alfa.py, ALFA off"]
+    assert [row["name"] for row in record["rows"]] == names
+    assert record["input"] == [8, 3, 32, 32]
+    assert all(row["images_per_second"] == pytest.approx(16 / row["seconds"]) for row in record["rows"])
+    table = output.with_suffix(".md").read_text()
+    assert table == capsys.readouterr().out
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[6:]] == names
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^python -m timm_alfa\.bench .*$", README.replace("\\\n", " "), flags=re.MULTILINE)
+)
+def test_the_readmes_commands_parse(line: str) -> None:
+    command, *flags = shlex.split(line, comments=True)[3:]
+    args = {"step": step, "loop": loop}[command].build_parser().parse_args(flags)
+    common.check_arguments(args)
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,4 +325,4 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("timm_alfa.bench", run_name="__main__")
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "usage: python -m timm_alfa.bench {step} ...\n"
+    assert capsys.readouterr().err == "usage: python -m timm_alfa.bench {step,loop} ...\n"

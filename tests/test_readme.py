@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, cli
+from timm_alfa.bench import loop, step
 from timm_alfa.export import export_model
 from timm_alfa.train import main
 from timm_alfa.train.args import build_parser, parse_args
@@ -105,7 +106,8 @@ def test_training_command_parses(command: list[str]):
 
 def test_every_flag_exists():
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", README))
-    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    parsers = (build_parser(), step.build_parser(), loop.build_parser())
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     assert len(mentioned) > 30
     assert mentioned - known - OTHER_PROGRAMS == {"--alfa"}  # as in "`--alfa-*` flags"
 

@@ -133,7 +133,10 @@ def test_a_run_ends_with_the_robust_accuracy_of_what_it_exported(
         (["--eval-pgd", "0"], "--eval-pgd 0: expected a whole number of at least 1"),
         (["--eval-pgd-eps", "4"], "--eval-pgd-eps 4.0: has no effect without --eval-pgd"),
         (["--eval-pgd", "2", "--eval-pgd-alpha", "0"], "--eval-pgd-alpha 0.0: expected a finite step above 0"),
-        (["--eval-pgd", "2", "--val-split="], "--eval-pgd 2: attacks test or validation images; name some with --val-split"),
+        (
+            ["--eval-pgd", "2", "--val-split="],
+            "--eval-pgd 2: attacks test or validation images; name some with --val-split",
+        ),
     ],
 )
 def test_bad_flags_of_a_run(argv: list[str], message: str) -> None:

@@ -1,1 +1,1 @@
-"""Measurements: ``python -m timm_alfa.bench step`` for what a training step costs."""
+"""Measurements: what a training step costs, method by method, and what the training loop adds to a plain one."""

@@ -1,10 +1,12 @@
+"""Measurements: ``python -m timm_alfa.bench step`` and ``python -m timm_alfa.bench loop``."""
 import sys
 
-from . import step
+from . import loop, step
+from .common import run
 
-COMMANDS = {"step": step.main}
+COMMANDS = {"step": step.main, "loop": loop.main}
 
 if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
     print(f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
     sys.exit(2)
-COMMANDS[sys.argv[1]](sys.argv[2:])
+run(sys.argv[1], COMMANDS[sys.argv[1]], sys.argv[2:])

@@ -1,13 +1,14 @@
 """``python -m timm_alfa.bench step``: what one training step costs, method by method.
 
 Times are taken in turns in one process, as ratios to plain training, with a second plain training (A/A) that shows the
-noise. Peak memory is taken in a fresh process per method. The floor is what counted FLOPs give.
+noise. The floor is what the FLOPs give that a step really executes. Peak memory is taken in a fresh process per method.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import copy
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,125 +17,97 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from torch import nn
+import torch._dynamo.config
+from torch import Tensor, nn
 
-from .. import __version__
-from ..blocks import resolve_blocks
-from ..environment import hardware
-from ..errors import BlockError
+from ..errors import BlockError, UsageError
+from ..train.parser import TrainParser
+from . import common, methods
+from .flops import count_flops
 from .memory import fresh_process_environment, peak_memory
 from .picture import draw_bars
-from .timing import Ratio, compare
-from .variants import Variant, alfa, plain, released, tail_shares, training_step
+from .timing import compare
+from .variants import Variant, training_step
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="python -m timm_alfa.bench step", description="Cost of a training step.")
-    parser.add_argument("--model", default="resnet50", help="timm model (default: resnet50)")
-    parser.add_argument("--blocks", nargs="+", default=["@last"], metavar="NAME",
-                        help="blocks: one at a time for ALFA, together for L-ALFA (default: @last)")
-    parser.add_argument("--steps", nargs="+", type=int, default=[1, 5], metavar="K", help="PGD steps (default: 1 5)")
-    parser.add_argument("--l-alfa", action="store_true", help="also L-ALFA over all blocks, all or one per step")
-    parser.add_argument("--released", action="store_true", help="also the structure of the authors' released code")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="B")
-    parser.add_argument("--img-size", type=int, default=None, metavar="N", help="default: the model's own")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each method (default: 15)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", choices=("bfloat16", "float16"), default=None, help="autocast to this dtype")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser = TrainParser(prog="python -m timm_alfa.bench step", description="Cost of a training step, by method.")
+    methods.add_arguments(parser)
+    common.add_arguments(parser)
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a fresh process per method)")
     parser.add_argument("--output", default=None, metavar="PATH", help="write PATH.json, PATH.md and PATH.png")
     parser.add_argument("--measure-memory-of", default=None, help=argparse.SUPPRESS)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print; see :func:`build_parser`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    args = parser.parse_args(arguments)
-    if min(args.steps) < 1:
-        parser.error(f"--steps {' '.join(map(str, args.steps))}: expected whole numbers of at least 1")
-    for name in ("rounds", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a whole number of at least 1")
-    if not timm.is_model(args.model):
-        parser.error(f"--model {args.model}: timm has no such model")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model, images, target = _prepare(args)
+def main(argv: Sequence[str]) -> None:
+    """Measure and print; see :func:`build_parser`.
+
+    Raises:
+        UsageError: A flag's value cannot be.
+    """
+    args = build_parser().parse_args(argv)
+    common.check_arguments(args, positive=("steps",))
+    model = common.create_model(args)
+    variants = methods.select(args, model)
+    images, target = _batch(args)
+    device = torch.device(args.device)
+    if args.compile:  # every method compiles parts of a model of its own, whose code they share
+        torch._dynamo.config.recompile_limit = 64
     try:
-        blocks = list(resolve_blocks(model, args.blocks))
+        if args.measure_memory_of is not None:
+            variant = next(variant for variant in variants if variant.name == args.measure_memory_of)
+            print(peak_memory(_step(args, variant, model, images, target, args.compile), device))
+            return
+        rows, left_out = measure(args, variants, model, images, target)
     except BlockError as error:
-        parser.error(f"--blocks {' '.join(args.blocks)}: {error}")
-    if args.l_alfa and len(blocks) < 2:
-        parser.error(f"--l-alfa: needs several blocks to weigh against each other, found --blocks {blocks[0]}")
-    variants = select(args, blocks)
-    if args.measure_memory_of is not None:
-        step = _step(args, next(v for v in variants if v.name == args.measure_memory_of), model, images, target)
-        print(peak_memory(step, torch.device(args.device)))
-        return
-    rows = measure(args, variants, model, images, target)
+        raise UsageError(f"--blocks {' '.join(args.blocks)}: {error}") from None
     if not args.no_memory:
         for row in rows:
-            row["memory_mib"] = memory_in_fresh_process(arguments, row["name"])
+            row["memory_mib"] = memory_in_fresh_process(argv, row["name"])
         for row in rows:
             row["memory_ratio"] = row["memory_mib"] / rows[0]["memory_mib"]
     record = {
-        "command": "python -m timm_alfa.bench step " + " ".join(arguments),
-        "machine": machine(torch.device(args.device)),
+        "command": "python -m timm_alfa.bench step " + " ".join(argv),
+        "machine": common.machine(device),
         "input": [*images.shape],
         "rows": rows,
+        "left_out": left_out,
     }
-    table = render(record)
-    print(table)
+    common.write(record, render(record), args.output)
     if args.output:
-        path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        path.with_suffix(".md").write_text(table + "\n")
-        draw_bars(path.with_suffix(".png"), f"{args.model}: one training step", rows)
-
-
-def select(args: argparse.Namespace, blocks: list[str]) -> list[Variant]:
-    """The methods that the flags ask for; plain training first, its double second."""
-    variants = [plain(), plain("plain again (A/A)")]
-    for steps in args.steps:
-        variants += [alfa([block], steps=steps) for block in blocks]
-        if args.released:
-            variants += [released([block], steps=steps) for block in blocks]
-        if args.l_alfa:
-            variants.append(alfa(blocks, steps=steps, learnable=True))
-            variants.append(alfa(blocks, steps=steps, learnable=True, sample_blocks=1))
-            if args.released:
-                variants.append(released(blocks, steps=steps))
-    return variants
+        draw_bars(Path(args.output).with_suffix(".png"), f"{args.model}: one training step", rows)
 
 
 def measure(
         args: argparse.Namespace,
         variants: Sequence[Variant],
         model: nn.Module,
-        images: torch.Tensor,
-        target: torch.Tensor,
-) -> list[dict[str, Any]]:
-    """Times and floors, one row per method."""
-    ratios: dict[str, Ratio] = compare(
-        {variant.name: _step(args, variant, model, images, target) for variant in variants},
-        rounds=args.rounds,
-        warmup=3,
-        device=torch.device(args.device),
-    )
-    rows = []
+        images: Tensor,
+        target: Tensor,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Times and floors, one row per method, each on a copy of the model; and why others were left out."""
+    steps: dict[str, Callable[[], None]] = {}
+    left_out: dict[str, str] = {}
     for variant in variants:
-        tails = tail_shares(model, variant.blocks, images[:1])
-        rows.append({"name": variant.name, "floor": variant.floor(tails), **asdict(ratios[variant.name]),
-                     "images_per_second": len(images) / ratios[variant.name].seconds})
-    return rows
+        try:
+            steps[variant.name] = _step(args, variant, copy.deepcopy(model), images, target, compiled=args.compile)
+        except UsageError as error:
+            if not args.compile:
+                raise
+            left_out[variant.name] = str(error)
+    ratios = compare(steps, rounds=args.rounds, warmup=3, device=torch.device(args.device))
+    steps.clear()  # with the copies of the model
+    measured = [variant for variant in variants if variant.name in ratios]
+    flops = {variant.name: _flops(args, variant, model, images, target) for variant in measured}
+    plain = flops[variants[0].name]
+    rows = [
+        {"name": name, "floor": flops[name] / plain, **asdict(ratio), "images_per_second": len(images) / ratio.seconds}
+        for name, ratio in ratios.items()
+    ]
+    return rows, left_out
 
 
 def render(record: dict[str, Any]) -> str:
@@ -150,37 +123,37 @@ def render(record: dict[str, Any]) -> str:
         cells = [row["name"], f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", f"{row['floor']:.3f}",
                  f"{row['images_per_second']:.1f}", memory]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\nLeft out: {name} ({reason})." for name, reason in record["left_out"].items()]
     return "\n".join(lines)
 
 
-def machine(device: torch.device) -> str:
-    """Hardware and versions, for a record."""
-    return f"{hardware(device)}, torch {torch.__version__}, timm {timm.__version__}, timm-alfa {__version__}"
-
-
-def _prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    model: Any = timm.create_model(args.model).to(args.device).train()
-    size: int = args.img_size or model.pretrained_cfg["input_size"][-1]
-    images = torch.randn(args.batch_size, 3, size, size, device=args.device)
+def _batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    return model, images, torch.arange(args.batch_size, device=args.device) % 10
+    return images, torch.arange(args.batch_size, device=args.device) % 10
 
 
 def _step(
         args: argparse.Namespace,
         variant: Variant,
         model: nn.Module,
-        images: torch.Tensor,
-        target: torch.Tensor,
+        images: Tensor,
+        target: Tensor,
+        compiled: bool = False,
 ) -> Callable[[], None]:
-    autocast = partial(torch.autocast, args.device.partition(":")[0], dtype=getattr(torch, args.amp or "bfloat16"),
-                       enabled=args.amp is not None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-    loss_of = variant.build(model, nn.CrossEntropyLoss(), images)
-    return partial(training_step(loss_of, optimizer, autocast), images, target)
+    loss_of = variant.build(model, images, compiled)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)  # auxiliary norms are parameters now too
+    return partial(training_step(loss_of, optimizer, common.autocast_for(args)), images, target)
+
+
+def _flops(args: argparse.Namespace, variant: Variant, model: nn.Module, images: Tensor, target: Tensor) -> float:
+    """Of one step, run eagerly on a copy of the model."""
+    if variant.draws_from:
+        return statistics.mean(_flops(args, one, model, images, target) for one in variant.draws_from)
+    step = _step(args, variant, copy.deepcopy(model), images, target)
+    step()  # the first step of ALFA looks at how the model is called
+    return count_flops(step)
 
 
 def memory_in_fresh_process(arguments: Sequence[str], name: str) -> float:

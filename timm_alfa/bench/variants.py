@@ -1,20 +1,25 @@
-"""What can be measured: plain training and the methods, each as one training step on a given model."""
+"""What can be measured: plain training and the methods, each as the loss of one training step on a given model."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from ..replay import Replay, watch_outputs
+from ..errors import BlockError, UsageError
+from ..loss import AlfaLoss
+from ..peers import AdvPropTask, FastAdvPropTask, Moex, MoexTask, NoiseTask, PgdTask, PixelAttack
 from ..task import AlfaTask
-from ..trace import trace
+from ..wrapper import AlfaWrapper
+from .common import Autocast
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+CRITERION = nn.CrossEntropyLoss()
 
 
 @dataclass(frozen=True)
@@ -23,89 +28,109 @@ class Variant:
 
     Args:
         name: As in the table.
-        build: (model, criterion, example) -> a function from images and targets to the loss of one step.
-        floor: Shares of FLOPs behind the blocks, in order of execution -> cost in plain steps. A forward counts 1/3,
-            a backward 2/3, a backward for input gradients alone 1/3.
-        blocks: Which blocks it perturbs.
+        build: (model, example images, compiled) -> a function from images and targets to the loss of one step. It may
+            add parameters to the model; raises UsageError where the method cannot be compiled.
+        draws_from: Where a step is one of several, drawn: those, whose mean cost is the floor.
     """
 
     name: str
-    build: Callable[[nn.Module, Loss, Tensor], Loss]
-    floor: Callable[[Sequence[float]], float]
-    blocks: tuple[str, ...] = ()
+    build: Callable[[nn.Module, Tensor, bool], Loss]
+    draws_from: tuple[Variant, ...] = ()
 
 
 def plain(name: str = "plain") -> Variant:
-    """The model, the criterion, one backward."""
-    return Variant(name, lambda model, criterion, _: lambda x, y: criterion(model(x), y), lambda tails: 1.0)
+    """The model and the criterion."""
+
+    def build(model: nn.Module, _: Tensor, compiled: bool) -> Loss:
+        called = torch.compile(model) if compiled else model
+        return lambda x, y: CRITERION(called(x), y)
+
+    return Variant(name, build)
 
 
-def alfa(
-        blocks: Sequence[str],
-        *,
-        steps: int = 1,
-        learnable: bool = False,
-        sample_blocks: int | None = None,
-        grad: Any = "full",
-) -> Variant:
-    """``AlfaTask``."""
-
-    def build(model: nn.Module, criterion: Loss, _: Tensor) -> Loss:
-        task = AlfaTask(
-            model, criterion, list(blocks), steps=steps, learnable=learnable, gamma=1.0 if learnable else 0.0,
-            grad=grad, sample_blocks=sample_blocks, verbose=False,
-        )
-        return lambda x, y: task(x, y)["loss"]
-
-    def floor(tails: Sequence[float]) -> float:
-        share = 1.0 if sample_blocks is None else sample_blocks / len(tails)
-        again = (tails[0] - tails[-1]) / 3 if len(tails) > 1 and share == 1 else 0.0  # the clean gradient by itself
-        return 1 + share * sum(tails) * (1 + (steps - 1) * 2 / 3) + again
-
-    label = f"{'L-ALFA' if learnable else 'ALFA'} PGD-{steps}, {_label(blocks)}"
-    label += "" if sample_blocks is None else f", {sample_blocks} drawn"
-    return Variant(label, build, floor, tuple(blocks))
+def alfa(blocks: Sequence[str], *, steps: int = 1) -> Variant:
+    """``AlfaTask``, all blocks together."""
+    return _task(
+        f"ALFA PGD-{steps}, {label(blocks)}",
+        lambda model, _: AlfaTask(model, CRITERION, blocks, steps=steps, verbose=False),
+    )
 
 
-def released(blocks: Sequence[str], *, steps: int = 1) -> Variant:
-    """The released code's order of work: per block a forward up to it and K + 1 tails, then a clean forward."""
-
-    def build(model: nn.Module, criterion: Loss, example: Tensor) -> Loss:
-        replay = Replay(model, {name: model.get_submodule(name) for name in blocks})
-        recording = replay.record((example,))  # tells replays what to leave out; its features are not used
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            perturbed = []
-            for name in blocks:
-                feature = _forward_to(model, name, x).detach()
-                moved = feature.clone().requires_grad_()
-                for _ in range(steps):
-                    (gradient,) = torch.autograd.grad(criterion(replay.replay(recording, name, moved), y), moved)
-                    moved = (moved.detach() + 0.5 / 255 * gradient.sign()).requires_grad_()
-                perturbed.append((name, moved.detach()))
-            outputs = [replay.replay(recording, name, value) for name, value in perturbed]
-            adversarial = torch.stack([criterion(output, y) for output in outputs]).mean()
-            return (criterion(model(x), y) + adversarial) / 2
-
-        return loss
-
-    def floor(tails: Sequence[float]) -> float:
-        return 1 + sum((1 - tail) / 3 + steps * tail * 2 / 3 + tail for tail in tails)
-
-    return Variant(f"released structure PGD-{steps}, {_label(blocks)}", build, floor, tuple(blocks))
+def l_alfa(blocks: Sequence[str], *, steps: int = 1) -> Variant:
+    """``AlfaTask`` with learned strengths, all blocks together."""
+    return _task(
+        f"L-ALFA PGD-{steps}, {label(blocks)}",
+        lambda model, _: AlfaTask(model, CRITERION, blocks, steps=steps, learnable=True, gamma=1.0, verbose=False),
+    )
 
 
-def tail_shares(model: nn.Module, blocks: Sequence[str], example: Tensor) -> list[float]:
-    """Share of the forward's FLOPs behind each block, in order of execution."""
-    shares = {visit.name: visit.tail_share for visit in trace(model, example)}
-    return sorted((shares[name] for name in blocks), reverse=True)
+def l_alfa_drawn(blocks: Sequence[str], *, steps: int = 1) -> Variant:
+    """The same with one block drawn per step."""
+    return _task(
+        f"L-ALFA PGD-{steps}, 1 drawn of {label(blocks)}",
+        lambda model, _: AlfaTask(
+            model, CRITERION, blocks, steps=steps, learnable=True, gamma=1.0, sample_blocks=1, verbose=False
+        ),
+        draws_from=tuple(alfa([block], steps=steps) for block in blocks),
+    )
 
 
-def training_step(
-        loss_of: Loss,
-        optimizer: torch.optim.Optimizer,
-        autocast: Callable[[], AbstractContextManager[Any]],
-) -> Callable[[Tensor, Tensor], None]:
+def alfa_wrapper(blocks: Sequence[str], *, steps: int = 1) -> Variant:
+    """``AlfaWrapper`` and ``AlfaLoss``, for loops of one's own, all blocks together."""
+
+    def build(model: nn.Module, _: Tensor, compiled: bool) -> Loss:
+        wrapper, loss = AlfaWrapper(model, CRITERION, blocks, steps=steps), AlfaLoss(CRITERION)
+        if compiled:
+            wrapper.compile()
+        return lambda x, y: loss(wrapper(x, y), y).loss
+
+    return Variant(f"ALFA (AlfaWrapper) PGD-{steps}, {label(blocks)}", build)
+
+
+def noise(blocks: Sequence[str]) -> Variant:
+    """``--method noise``."""
+    return _task(f"noise, {label(blocks)}", lambda model, _: NoiseTask(model, CRITERION, blocks, verbose=False))
+
+
+def moex(block: str) -> Variant:
+    """``--method moex``."""
+
+    def build(model: nn.Module, images: Tensor) -> MoexTask:
+        try:
+            exchange = Moex(model, block)
+            exchange.check(model, tuple(images.shape[1:]))
+        except BlockError as error:
+            raise UsageError(f"--moex-block {block}: {error}") from None
+        return MoexTask(model, CRITERION, exchange, verbose=False)
+
+    return _task(f"MoEx, {block}", build)
+
+
+def advprop(steps: int) -> Variant:
+    """``--method advprop`` with the paper's sizes: eps 1 for one step, else one less than there are steps."""
+    eps = max(1, steps - 1)
+    return _task(
+        f"AdvProp PGD-{steps}",
+        lambda model, _: AdvPropTask(model, CRITERION, _attack(model, eps, 1, steps), verbose=False),
+    )
+
+
+def fast_advprop() -> Variant:
+    """``--method fast-advprop``."""
+    return _task(
+        "Fast AdvProp", lambda model, _: FastAdvPropTask(model, CRITERION, _attack(model, 1, 1, 1), verbose=False)
+    )
+
+
+def pgd_at(steps: int) -> Variant:
+    """``--method pgd-at``."""
+    return _task(
+        f"adversarial training PGD-{steps}",
+        lambda model, _: PgdTask(model, CRITERION, _attack(model, 8, 2, steps), verbose=False),
+    )
+
+
+def training_step(loss_of: Loss, optimizer: torch.optim.Optimizer, autocast: Autocast) -> Callable[..., None]:
     """Forward, backward, optimizer step."""
 
     def step(images: Tensor, target: Tensor) -> None:
@@ -118,24 +143,24 @@ def training_step(
     return step
 
 
-class _Reached(Exception):
-    def __init__(self, output: Any):
-        self.output = output
-
-
-def _forward_to(model: nn.Module, block: str, images: Tensor) -> Tensor:
-    def report(name: str, module: nn.Module, output: Any) -> None:
-        if name == block:
-            raise _Reached(output)
-
-    try:
-        with watch_outputs(model, report):
-            model(images)
-    except _Reached as reached:
-        output: Tensor = reached.output
-        return output
-    raise ValueError(f"{block!r} did not run")
-
-
-def _label(blocks: Sequence[str]) -> str:
+def label(blocks: Sequence[str]) -> str:
+    """For the name of a variant."""
     return blocks[0] if len(blocks) == 1 else f"{len(blocks)} blocks"
+
+
+def _task(
+        name: str,
+        create: Callable[[nn.Module, Tensor], ClassificationTask],
+        draws_from: tuple[Variant, ...] = (),
+) -> Variant:
+    def build(model: nn.Module, images: Tensor, compiled: bool) -> Loss:
+        task: Any = create(model, images)
+        if compiled:
+            task.compile()
+        return lambda x, y: task(x, y)["loss"]
+
+    return Variant(name, build, draws_from)
+
+
+def _attack(model: nn.Module, eps: float, alpha: float, steps: int) -> PixelAttack:
+    return PixelAttack.for_model(argparse.Namespace(), model, eps=eps, alpha=alpha, steps=steps, init="uniform")

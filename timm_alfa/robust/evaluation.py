@@ -37,7 +37,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         refuse_flags(args, FLAGS, "--eval-pgd")
         return
     fill_flags(args, FLAGS)
-    if not (args.val_split or args.test_split):
+    if not (args.val_split or args.val_fraction or args.test_split):
         raise UsageError(f"--eval-pgd {args.eval_pgd}: attacks test or validation images; name some with --val-split")
 
 

@@ -89,8 +89,16 @@ def list_blocks(args: argparse.Namespace) -> None:
         print(cli.describe_blocks(args, model, data_config["input_size"], device))
 
 
-def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, Any] | None) -> Plan:
+def assemble(
+        args: argparse.Namespace,
+        resume_path: str,
+        checkpoint: dict[str, Any] | None,
+        *,
+        datasets: tuple[Any, Any] | None = None,
+) -> Plan:
     """Builds every part of a run and puts `checkpoint` back into them. Nothing is written.
+
+    `datasets`, for training and validation, take the place of those that the flags name.
 
     Raises:
         UsageError: something that was asked for cannot be had.
@@ -100,7 +108,7 @@ def assemble(args: argparse.Namespace, resume_path: str, checkpoint: dict[str, A
     model = place_model(args, model, device, precision.model_dtype)
     check_forward(args, model, data_config["input_size"], precision)
 
-    dataset_train, dataset_eval = create_datasets(args, data_config)
+    dataset_train, dataset_eval = datasets or create_datasets(args, data_config)
     dataset_test = create_test_set(args, data_config)
     check_class_count(args, dataset_train, dataset_eval)
     check_class_count(args, dataset_train, dataset_test, "--test-split")
