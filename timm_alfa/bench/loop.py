@@ -7,7 +7,6 @@ few batches are timed in turns in one process, with a second plain loop (A/A) th
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -73,7 +72,6 @@ def main(argv: Sequence[str]) -> None:
     common.check_arguments(args, positive=("batches",))
     if args.amp == "float16":
         raise UsageError("--amp float16: needs a loss scaler, which the plain loop has not; use bfloat16")
-    logging.getLogger("timm_alfa").setLevel(logging.WARNING)  # set-up is not what is looked at here
     device = torch.device(args.device)
     images = Images(args.batches * args.batch_size, args.img_size)
     epochs = {
