@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, cli
-from timm_alfa.bench import loop, step
+from timm_alfa.bench import loop, paper, step
 from timm_alfa.export import export_model
 from timm_alfa.train import main
 from timm_alfa.train.args import build_parser, parse_args
@@ -104,9 +104,16 @@ def test_training_command_parses(command: list[str]):
     assert cli.is_enabled(args) or args.alfa_list_blocks
 
 
+def test_paper_commands_parse():
+    lines = re.findall(r"^python -m timm_alfa\.bench paper (.*)$", README, flags=re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert paper.select(paper.build_parser().parse_args(shlex.split(line)))
+
+
 def test_every_flag_exists():
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", README))
-    parsers = (build_parser(), step.build_parser(), loop.build_parser())
+    parsers = (build_parser(), step.build_parser(), loop.build_parser(), paper.build_parser())
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     assert len(mentioned) > 30
     assert mentioned - known - OTHER_PROGRAMS == {"--alfa"}  # as in "`--alfa-*` flags"

@@ -27,8 +27,11 @@ def test_the_papers_learning_rates():
     assert epochs == 200
     assert group["lr"] == 0
     # timm decays with the update before the milestone
-    for update, rate in ((1, 0.0005), (100, 0.05), (199, 0.0995), (200, 0.1), (50 * PER_EPOCH - 2, 0.1),
-                         (50 * PER_EPOCH - 1, 0.01), (150 * PER_EPOCH - 2, 0.01), (150 * PER_EPOCH, 0.001)):  # fmt: skip
+    fifty, hundred_fifty = 50 * PER_EPOCH, 150 * PER_EPOCH
+    for update, rate in (
+        (1, 0.0005), (100, 0.05), (199, 0.0995), (200, 0.1), (fifty - 2, 0.1), (fifty - 1, 0.01),
+        (hundred_fifty - 2, 0.01), (hundred_fifty, 0.001),
+    ):
         scheduler.step_update(update)
         assert group["lr"] == pytest.approx(rate, rel=1e-12), update
 

@@ -24,7 +24,7 @@ def build_parser() -> TrainParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("-c", "--config", default="", type=str, metavar="FILE",
-                        help="YAML file of flag names and values, which replace the defaults")
+                        help="YAML file of flag names and values, which replace the defaults, or a recipe's name")
     cli.add_arguments(parser)
     flags_data.add_data_arguments(parser)
     flags_data.add_model_arguments(parser)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 from typing import Any
 
 import yaml
 
 from ..errors import UsageError
+from ..recipes import find_recipe
 
 _logger = logging.getLogger(__name__)
 
@@ -18,16 +20,33 @@ def load_config(path: str, parser: argparse.ArgumentParser, flag: str = "--confi
     """Reads a YAML mapping of flag names to values, as defaults for `parser`.
 
     Keys are flag names with ``_`` or ``-``; unknown ones are warned about and left out. A value must be what the
-    flag would take on the command line; ``null`` stands for a default that is itself None.
+    flag would take on the command line; ``null`` stands for a default that is itself None. The key ``base`` names
+    another file, relative to this one, or a recipe, whose values hold where this file has none.
 
     Args:
-        path: The file.
+        path: A file, or the name of one of the package's recipes.
         parser: Of the flags.
         flag: How the user named the file; errors start with it.
 
     Raises:
         UsageError: the file cannot be read, is not plain YAML, is not a mapping, or a value has the wrong type.
     """
+    path = find_recipe(path, flag)
+    content = _read(path, flag)
+    seen = [os.path.realpath(path)]
+    while (base := content.pop("base", None)) is not None:
+        if not isinstance(base, str):
+            raise UsageError(f"{flag} {path}: base: {base!r} is not text, the name of a file or recipe")
+        beside = os.path.join(os.path.dirname(seen[-1]), base)
+        file = beside if os.path.exists(beside) else find_recipe(base, f"{flag} {path}: base:")
+        if os.path.realpath(file) in seen:
+            raise UsageError(f"{flag} {path}: base: {base} is based on itself")
+        seen.append(os.path.realpath(file))
+        content = _read(file, flag) | content
+    return _check(path, content, parser, flag)
+
+
+def _read(path: str, flag: str) -> dict[Any, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
@@ -39,7 +58,10 @@ def load_config(path: str, parser: argparse.ArgumentParser, flag: str = "--confi
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"{flag} {path}: expected 'flag: value' lines, found a {type(content).__name__}")
+    return content
 
+
+def _check(path: str, content: dict[Any, Any], parser: argparse.ArgumentParser, flag: str) -> dict[str, Any]:
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "version")}
     defaults = {}
     for key, value in content.items():

@@ -1,0 +1,163 @@
+"""The report of the paper's experiments: Markdown tables and pictures, our numbers beside the paper's."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_file
+from ..errors import UsageError
+from .paired import Paired, compare_pairs
+from .paper_runs import Sheet
+
+REPORT = "report.md"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a report.
+
+    Args:
+        label: Of the row.
+        top1: Accuracies by seed.
+        paper: The paper's accuracy.
+        gain: Ours over plain training with the same seeds; None without common seeds, and for plain training itself.
+        paper_gain: The paper's gain over its plain training.
+        seconds: Median seconds per epoch.
+        commands: What was run.
+    """
+
+    label: str
+    top1: dict[int, float]
+    paper: float | None
+    gain: Paired | None
+    paper_gain: float | None
+    seconds: float | None
+    commands: list[str] = field(default_factory=list)
+
+
+def write_report(sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], output: Path) -> Path:
+    """Write `report.md` and, where matplotlib is installed, a picture per table; returns the path of the former.
+
+    Args:
+        sheets: What to report on.
+        records: Of `results.jsonl`. Those of different settings (epochs, further flags) get sections of their own.
+        output: Where to write.
+
+    Raises:
+        UsageError: none of the records belongs to these sheets.
+    """
+    sections = []
+    for setting in sorted({record["setting"] for record in records}):
+        same = [record for record in records if record["setting"] == setting]
+        for key, sheet in sheets.items():
+            lines = lines_of(sheet, same)
+            if any(line.top1 for line in lines):
+                picture = re.sub(r"[^\w.]+", "-", f"{key} {setting}".strip()) + ".png"
+                drawn = _draw(output / picture, sheet.title, lines)
+                sections.append(_section(sheet, setting, lines, picture if drawn else None))
+    if not sections:
+        raise UsageError(f"--report: no results of these runs in {output}")
+    machines = sorted({record["machine"] for record in records})
+    head = (
+        "# The paper's experiments\n\nTop-1 in percent on the test images, of the checkpoint that was best on the "
+        "validation images: mean and standard deviation over seeds. *gain* is the mean of the differences to plain "
+        "training with the same seed, with its 95 % confidence interval and the p of a paired t-test. Seconds per "
+        "epoch are medians of the wall clock, start-up, validation and checkpoints included.\n\n"
+        f"Trained on: {'; '.join(machines)}.\n")
+    write_file(output / REPORT, lambda file: file.write("\n".join([head, *sections]).encode()))
+    return output / REPORT
+
+
+def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]]) -> list[Line]:
+    """The rows of a sheet with the results of one setting; of several results of a run and seed the last counts."""
+    by_run: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        by_run.setdefault(record["run"], {})[record["seed"]] = record
+    papers = {row.run.name: row.paper for row in sheet.rows}
+    lines = []
+    for row in sheet.rows:
+        own, base = by_run.get(row.run.name, {}), by_run.get(row.run.plain, {})
+        common = sorted(own.keys() & base.keys())
+        paper_base = papers.get(row.run.plain)
+        seconds = [record["seconds_per_epoch"] for record in own.values() if record["seconds_per_epoch"] is not None]
+        lines.append(Line(
+            label=row.label,
+            top1={seed: own[seed]["top1"] for seed in sorted(own)},
+            paper=row.paper,
+            gain=compare_pairs([own[seed]["top1"] - base[seed]["top1"] for seed in common]) if common else None,
+            paper_gain=None if row.paper is None or paper_base is None else row.paper - paper_base,
+            seconds=statistics.median(seconds) if seconds else None,
+            commands=[own[seed]["command"] for seed in sorted(own)],
+        ))
+    return lines
+
+
+def _section(sheet: Sheet, setting: str, lines: Sequence[Line], picture: str | None) -> str:
+    text = [
+        f"## {sheet.title}", "",
+        f"With `{setting}`." if setting else "As in the recipes.", "",
+        "| run | paper | ours | seeds | paper's gain | gain | p | s/epoch |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    text += [f"| {' | '.join(_cells(line))} |" for line in lines]
+    if sheet.note:
+        text += ["", sheet.note]
+    if picture is not None:
+        text += ["", f"![{sheet.title}]({picture})"]
+    commands = [command for line in lines for command in line.commands]
+    text += ["", "<details><summary>Commands</summary>", "", "```bash", *commands, "```", "", "</details>", ""]
+    return "\n".join(text)
+
+
+def _cells(line: Line) -> list[str]:
+    values = list(line.top1.values())
+    ours = f"{statistics.fmean(values):.2f}" if values else ""
+    if len(values) > 1:
+        ours += f" ± {statistics.stdev(values):.2f}"
+    gain = p = ""
+    if line.gain is not None:
+        gain = f"{line.gain.mean:+.2f}"
+        if not math.isnan(line.gain.p):
+            gain += f" ({line.gain.low:+.2f} to {line.gain.high:+.2f})"
+            p = f"{line.gain.p:.3f}"
+    return [
+        line.label,
+        "" if line.paper is None else f"{line.paper:.2f}",
+        ours,
+        str(len(values)),
+        "" if line.paper_gain is None else f"{line.paper_gain:+.2f}",
+        gain,
+        p,
+        "" if line.seconds is None else f"{line.seconds:.1f}",
+    ]
+
+
+def _draw(path: Path, title: str, lines: Sequence[Line]) -> bool:
+    """Accuracies of every seed, their means, and the paper's; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 1.2 + 0.34 * len(lines)), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    seeds = [(value, place) for place, line in enumerate(lines) for value in line.top1.values()]
+    means = [(statistics.fmean(line.top1.values()), place) for place, line in enumerate(lines) if line.top1]
+    papers = [(line.paper, place) for place, line in enumerate(lines) if line.paper is not None]
+    axes.plot(*zip(*seeds, strict=True), ".", color="C0", alpha=0.5, label="each seed")
+    axes.plot(*zip(*means, strict=True), "|", color="C0", markersize=16, markeredgewidth=2, label="our mean")
+    if papers:
+        axes.plot(*zip(*papers, strict=True), "D", color="0.2", markerfacecolor="none", label="paper")
+    axes.set_yticks(range(len(lines)), [line.label for line in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.grid(axis="x", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="top-1 in percent", title=title)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    figure.savefig(path)
+    return True
