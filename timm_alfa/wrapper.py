@@ -161,7 +161,8 @@ class AlfaWrapper(nn.Module):
         """Learn eta in a loop of your own: it steps whenever ``optimizer``, which holds the weights, steps.
 
         Args:
-            optimizer: The weights' optimizer; its schedule, clipping and weight decay do not concern eta.
+            optimizer: The weights' optimizer, as it is or inside Lightning's or Accelerate's; its schedule, clipping
+                and weight decay do not concern eta.
             scaler: The loss scaler, if there is one: eta's gradient is divided by its scale.
         """
         stepper = EtaStepper(self.eta, self.module.parameters())
@@ -172,7 +173,8 @@ class AlfaWrapper(nn.Module):
                 self.eta.values.grad = None
                 stepper.step(optimizer)
 
-        optimizer.register_step_post_hook(after_step)
+        # Accelerate's and Lightning's wrappers are no working torch optimizers; the one inside takes the steps.
+        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(after_step)
 
     def check_blocks(self, input_size: tuple[int, ...]) -> None:
         """Try the blocks out on two blank inputs, before training starts; nothing of the model moves.
