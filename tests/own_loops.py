@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from toys import UNet, batch
 from torch import Tensor, nn
+from toys import UNet, batch
 
 from timm_alfa import AlfaLoss, AlfaWrapper
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import inspect
 import re
 import shlex
@@ -13,6 +14,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from training_images import make_image_folder
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, cli
 from timm_alfa.bench import loop, paper, step
@@ -58,7 +61,7 @@ def names() -> dict[str, Any]:
         "criterion": nn.CrossEntropyLoss(),
         "images": images,
         "target": target,
-        "loader": [(images, target), (images.flip(0), target.flip(0))],
+        "loader": DataLoader([(images, target), (images.flip(0), target.flip(0))], batch_size=None),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
         "device": torch.device("cpu"),
     }
@@ -69,6 +72,10 @@ def test_the_code_blocks_are_found():
     assert len(_training_commands()) == 9
 
 
+# Lightning's own: a renamed function of torch, and advice that does not fit two batches in memory.
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
 @pytest.mark.parametrize("code", _blocks("python"), ids=_line)
 def test_code_block_runs(
         code: str,
@@ -77,11 +84,37 @@ def test_code_block_runs(
         monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(tmp_path)
+    for package in ("lightning", "accelerate"):
+        if f"import {package}" in code or f"from {package}" in code:
+            pytest.importorskip(package, reason="an optional extra, part of the test extra")
     export_model(timm.create_model("resnet20s", num_classes=10), "output/train/digits")
+    code = _with_local_weights(code)
+    fixture_model = names["model"]
     before = [parameter.detach().clone() for parameter in names["model"].parameters()]
     exec(compile(code, "README.md", "exec"), names)
-    if "optimizer.step()" in code:
-        assert all(not torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))
+    if "pretrained=True" in code:
+        _assert_fine_tuned(names["model"])
+    elif "optimizer.step()" in code or ".fit(" in code:
+        assert all(not torch.equal(old, new) for old, new in zip(before, fixture_model.parameters(), strict=True))
+
+
+def _with_local_weights(code: str) -> str:
+    """Code whose published weights are a file of this folder instead of a download."""
+    if "pretrained=True" in code:
+        torch.manual_seed(0)
+        torch.save(timm.create_model("resnet18").state_dict(), "published.pth")
+    return code.replace("pretrained=True", 'pretrained=True, pretrained_cfg_overlay={"file": "published.pth"}')
+
+
+def _assert_fine_tuned(model: nn.Module) -> None:
+    """The beginning is as it was published, the rest has been trained from there."""
+    published = torch.load("published.pth", weights_only=True)
+    for name, value in model.state_dict().items():
+        if name.startswith(("conv1", "bn1", "layer1")):
+            assert torch.equal(value, published[name]), name
+        elif not name.startswith("fc"):
+            assert not torch.equal(value, published[name]), name
+    assert torch.allclose(model.layer4[1].conv2.weight, published["layer4.1.conv2.weight"], atol=0.02)
 
 
 def test_the_diff_is_about_the_same_names_as_the_code():
@@ -109,6 +142,37 @@ def test_paper_commands_parse():
     assert len(lines) == 2
     for line in lines:
         assert paper.select(paper.build_parser().parse_args(shlex.split(line)))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in _training_commands() if command != _digits_command()], ids=" ".join)
+def test_training_command_runs(command: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its first steps, on a small folder in place of its data and without a download."""
+    command = [word for word in command if word not in ("--pretrained", "--dataset-download")]
+    small = ["--dataset", "", "--data-dir", str(images), "--train-split", "train", "--val-split", "validation",
+             "--num-classes", "3", "--img-size", "32", "--batch-size", "2", "--workers", "0"]
+    main([*command, *small, "--output", str(tmp_path), *(["--alfa-dry-run"] * ("--alfa-list-blocks" not in command))])
+    assert "layer" in capsys.readouterr().out or "blocks" in command
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ["timm-alfa-plot", "timm-alfa-report"])
+def test_program_for_a_run_works(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (command,) = re.findall(rf"^{program} (.*)$", "".join(_blocks("bash")), flags=re.MULTILINE)
+    folder = tmp_path / command
+    folder.mkdir(parents=True)
+    (folder / "summary.csv").write_text("epoch,train_loss,eval_top1\n0,2.0,40.0\n1,1.0,50.0\n")
+    before = set(folder.iterdir())
+    monkeypatch.chdir(tmp_path)
+    target = re.search(rf'^{program} = "([\w.]+):main"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert target is not None
+    importlib.import_module(target[1]).main(shlex.split(command))
+    assert set(folder.iterdir()) > before
 
 
 def test_every_flag_exists():
