@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 
 import torch
@@ -61,3 +63,17 @@ def assert_trained_alike(model: nn.Module, eta: Tensor, expected: tuple[nn.Modul
         assert not torch.equal(value, start[name]), name
     torch.testing.assert_close(eta.detach(), expected[1], rtol=0, atol=1e-12)
     assert (eta - 1 / len(BLOCKS)).abs().max() > 1e-4
+
+
+def join_group(rank: int, port: int) -> None:
+    """What a launcher tells each of two processes."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

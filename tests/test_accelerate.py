@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_loops import assert_trained_alike, make_alfa, make_batches, make_model, make_optimizer, train_plainly
+from own_loops import (
+    assert_trained_alike,
+    free_port,
+    join_group,
+    make_alfa,
+    make_batches,
+    make_model,
+    make_optimizer,
+    train_plainly,
+)
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 accelerate = pytest.importorskip("accelerate", reason="an optional extra, part of the test extra")
@@ -79,3 +89,32 @@ def test_eta_is_resumed(tmp_path: Path) -> None:
             fresh.save_state(str(tmp_path))
         saved.append((model, alfa.eta.values))
     assert_trained_alike(*saved[1], train_plainly(batches))
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    join_group(rank, port)
+    model = make_model()
+    alfa, loss_fn = make_alfa(model)
+    optimizer = make_optimizer(model)
+    accelerator = accelerate.Accelerator(cpu=True)
+    alfa.follow(optimizer, accelerator.scaler)
+    wrapped, optimizer = accelerator.prepare(alfa, optimizer)
+    assert isinstance(wrapped, DistributedDataParallel)
+    for images, target in make_batches()[rank::2]:
+        accelerator.backward(loss_fn(wrapped(images, target), target).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save((model.state_dict(), alfa.eta.values.detach()), f"{folder}/{rank}.pt")
+    accelerator.end_training()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_that_accumulates(tmp_path: Path) -> None:
+    """Gradients of weights and eta are averaged over processes, as over the batches of an update."""
+    torch.multiprocessing.spawn(_rank, (free_port(), str(tmp_path)), nprocs=2)
+    expected = train_plainly(make_batches(), accumulate=2)
+    for rank in (0, 1):
+        weights, eta = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        model = make_model()
+        model.load_state_dict(weights)
+        assert_trained_alike(model, eta, expected)

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from own_loops import assert_trained_alike, make_alfa, make_batches, make_model, make_optimizer, train_plainly
+from own_loops import (
+    assert_trained_alike,
+    free_port,
+    join_group,
+    make_alfa,
+    make_batches,
+    make_model,
+    make_optimizer,
+    train_plainly,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -79,3 +88,25 @@ def test_a_loss_scaler_does_not_reach_eta(tmp_path: Path) -> None:
     run = trainer(tmp_path, plugins=[plugin])
     run.fit(module, DataLoader(batches, batch_size=None))
     assert_trained_alike(model, module.alfa.eta.values, train_plainly(batches))
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    join_group(rank, port)
+    model = make_model()
+    module = Classifier(model)
+    run = trainer(Path(folder), strategy="ddp", devices=2, use_distributed_sampler=False)
+    run.fit(module, DataLoader(make_batches()[rank::2], batch_size=None))
+    assert run.world_size == 2
+    torch.save((model.state_dict(), module.alfa.eta.values.detach()), f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_that_accumulates(tmp_path: Path) -> None:
+    """Gradients of weights and eta are averaged over processes, as over the batches of an update."""
+    torch.multiprocessing.spawn(_rank, (free_port(), str(tmp_path)), nprocs=2)
+    expected = train_plainly(make_batches(), accumulate=2)
+    for rank in (0, 1):
+        weights, eta = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        model = make_model()
+        model.load_state_dict(weights)
+        assert_trained_alike(model, eta, expected)
