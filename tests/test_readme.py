@@ -149,6 +149,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [command for command in _training_commands() if command != _digits_command()], ids=" ".join)
 def test_training_command_runs(command: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
