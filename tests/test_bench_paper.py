@@ -149,7 +149,7 @@ FINISH = """
 import json, pathlib, sys, time
 folder = pathlib.Path({folder!r})
 folder.mkdir(parents=True)
-(folder / "summary.csv").write_text("epoch\\n0\\n1\\n")
+(folder / "summary.csv").write_text("epoch,train_delta_ratio_layer3\\n0,0.5\\n1,0.25\\n")
 meet = [folder.parent / name for name in {meet!r}]
 deadline = time.monotonic() + 60
 while not all(path.exists() for path in meet) and time.monotonic() < deadline:
@@ -181,6 +181,7 @@ def test_several_runs_at_a_time_and_none_twice(tmp_path: Path, monkeypatch: pyte
     assert run_all(jobs, tmp_path, at_once=2) == []
     results = read_results(tmp_path)
     assert {(record["run"], record["top1"], record["best_epoch"]) for record in results} == {("a", 50, 1), ("b", 50, 1)}
+    assert all(record["delta_ratio"] == {"layer3": 0.25} for record in results)
     assert all(record["seconds_per_epoch"] > 0 and "torch" in record["machine"] for record in results)
     monkeypatch.setattr(paper_jobs, "_start", None)
     assert run_all(jobs, tmp_path, at_once=2) == []
@@ -221,6 +222,7 @@ def test_a_run_that_another_program_trains_is_left_alone(
 
 def _record(run: str, seed: int, top1: float, **changed) -> dict:
     return {"run": run, "seed": seed, "setting": "", "top1": top1, "seconds_per_epoch": 2.0, "machine": "a machine",
+            "delta_ratio": {"layer2": 0.5, "layer3": 0.25} if "alfa" in run else {},
             "command": f"train {run} {seed}", **changed}  # fmt: skip
 
 
@@ -246,7 +248,7 @@ def test_the_report_separates_settings(tmp_path: Path):
     assert report.count("## Table 2: CIFAR-10") == 2
     assert "Table 10" not in report
     assert "Trained on: a machine; b machine." in report
-    assert "| cifar10-resnet20s, ALFA | 92.52 | 80.25 | 1 | +1.27 | +0.25 |  | 2.0 |" in report
+    assert "| cifar10-resnet20s, ALFA | 92.52 | 80.25 | 1 | +1.27 | +0.25 |  | 0.25 | 2.0 |" in report
     assert "With `--epochs 3 --amp`." in report
     assert "train cifar10-resnet20s-alfa 0\n" in report
     for picture in ("table-2.png", "table-2-epochs-3-amp.png"):
@@ -266,8 +268,8 @@ def test_the_clean_loss_twice_is_twice_the_rate_and_half_the_decay(images: Path,
     suffixes = ("alfa-delta0", "lr2-wd0.5", "lr2")
     for suffix in suffixes:
         chosen = RUNS[f"cifar10-resnet20s-{suffix}"]
-        train(["--config", chosen.recipe, *chosen.flags, "--data-dir", str(images), "-b", "6", "--epochs", "2", "--workers",
-               "0", "--output", str(tmp_path / suffix), "--experiment", "run"])  # fmt: skip
+        train(["--config", chosen.recipe, *chosen.flags, "--data-dir", str(images), "-b", "6", "--epochs", "2",
+               "--workers", "0", "--output", str(tmp_path / suffix), "--experiment", "run"])  # fmt: skip
     twice, same, other = (_weights(tmp_path / suffix) for suffix in suffixes)
     for name, tensor in twice.items():
         torch.testing.assert_close(tensor, same[name], rtol=1e-5, atol=1e-6)
@@ -276,6 +278,8 @@ def test_the_clean_loss_twice_is_twice_the_rate_and_half_the_decay(images: Path,
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a group of processes")
 def test_killed_at_any_moment_it_goes_on(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import fcntl  # not on Windows
+
     flags = ["--table", "2", "--only", "cifar10-resnet20s", "--seeds", "0", "--epochs", "4", "--data-dir", str(images),
              "--output", str(tmp_path), "--", "-b", "6", "--workers", "0"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -286,6 +290,8 @@ def test_killed_at_any_moment_it_goes_on(images: Path, tmp_path: Path, capsys: p
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    with open(next((tmp_path / "logs").iterdir()), "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)  # the run that it had started is gone, too
     (folder,) = tmp_path.glob("cifar10-*")
     before = len((folder / "summary.csv").read_text().splitlines())
     assert 2 <= before < 5

@@ -185,7 +185,7 @@ def _collect(job: Job, output: Path, position: str, at_once: int) -> bool:
     hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     append_result(output, {
         "run": job.run, "seed": job.seed, "setting": job.setting, "top1": tested["top1"], "loss": tested["loss"],
-        "validation": tested["validation"], "best_epoch": tested["epoch"],
+        "validation": tested["validation"], "best_epoch": tested["epoch"], "delta_ratio": _delta_ratios(folder),
         "seconds_per_epoch": seconds / epochs if epochs > 0 else None,
         "machine": hardware + (f", {at_once} runs at a time" if at_once > 1 else ""),
         "folder": folder.name, "command": job.shown(output), "arguments": job.arguments,
@@ -196,8 +196,20 @@ def _collect(job: Job, output: Path, position: str, at_once: int) -> bool:
 
 
 def _epochs_done(folder: Path) -> int:
+    return len(_summary(folder))
+
+
+def _delta_ratios(folder: Path) -> dict[str, float]:
+    """The perturbations' rms over the features', by block, in the last epoch; empty without perturbed blocks."""
+    prefix = "train_delta_ratio_"
+    last = _summary(folder)[-1]
+    return {key.removeprefix(prefix): float(value) for key, value in last.items() if key.startswith(prefix)}
+
+
+def _summary(folder: Path) -> list[dict[str, str]]:
+    """Rows of `summary.csv`, one per epoch."""
     try:
         with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
-            return len(list(csv.DictReader(file)))
+            return list(csv.DictReader(file))
     except FileNotFoundError:
-        return 0
+        return []

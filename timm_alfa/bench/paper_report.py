@@ -29,6 +29,7 @@ class Line:
         gain: Ours over plain training with the same seeds; None without common seeds, and for plain training itself.
         paper_gain: The paper's gain over its plain training.
         seconds: Median seconds per epoch.
+        delta: Median size of the perturbation relative to the feature, its rms over the feature's, at the last block.
         commands: What was run.
     """
 
@@ -38,6 +39,7 @@ class Line:
     gain: Paired | None
     paper_gain: float | None
     seconds: float | None
+    delta: float | None
     commands: list[str] = field(default_factory=list)
 
 
@@ -67,8 +69,9 @@ def write_report(sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], ou
     head = (
         "# The paper's experiments\n\nTop-1 in percent on the test images, of the checkpoint that was best on the "
         "validation images: mean and standard deviation over seeds. *gain* is the mean of the differences to plain "
-        "training with the same seed, with its 95 % confidence interval and the p of a paired t-test. Seconds per "
-        "epoch are medians of the wall clock, start-up, validation and checkpoints included.\n\n"
+        "training with the same seed, with its 95 % confidence interval and the p of a paired t-test. *delta* is "
+        "the size of the perturbation relative to the feature (rms over rms) at the last perturbed block in the last "
+        "epoch. Seconds per epoch are medians of the wall clock, start-up, validation and checkpoints included.\n\n"
         f"Trained on: {'; '.join(machines)}.\n")
     write_file(output / REPORT, lambda file: file.write("\n".join([head, *sections]).encode()))
     return output / REPORT
@@ -86,6 +89,7 @@ def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]]) -> list[Line]:
         common = sorted(own.keys() & base.keys())
         paper_base = papers.get(row.run.plain)
         seconds = [record["seconds_per_epoch"] for record in own.values() if record["seconds_per_epoch"] is not None]
+        deltas = [list(record["delta_ratio"].values())[-1] for record in own.values() if record["delta_ratio"]]
         lines.append(Line(
             label=row.label,
             top1={seed: own[seed]["top1"] for seed in sorted(own)},
@@ -93,6 +97,7 @@ def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]]) -> list[Line]:
             gain=compare_pairs([own[seed]["top1"] - base[seed]["top1"] for seed in common]) if common else None,
             paper_gain=None if row.paper is None or paper_base is None else row.paper - paper_base,
             seconds=statistics.median(seconds) if seconds else None,
+            delta=statistics.median(deltas) if deltas else None,
             commands=[own[seed]["command"] for seed in sorted(own)],
         ))
     return lines
@@ -102,8 +107,8 @@ def _section(sheet: Sheet, setting: str, lines: Sequence[Line], picture: str | N
     text = [
         f"## {sheet.title}", "",
         f"With `{setting}`." if setting else "As in the recipes.", "",
-        "| run | paper | ours | seeds | paper's gain | gain | p | s/epoch |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| run | paper | ours | seeds | paper's gain | gain | p | delta | s/epoch |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     text += [f"| {' | '.join(_cells(line))} |" for line in lines]
     if sheet.note:
@@ -134,6 +139,7 @@ def _cells(line: Line) -> list[str]:
         "" if line.paper_gain is None else f"{line.paper_gain:+.2f}",
         gain,
         p,
+        "" if line.delta is None else f"{line.delta:.2g}",
         "" if line.seconds is None else f"{line.seconds:.1f}",
     ]
 
