@@ -402,3 +402,14 @@ def test_blocks_that_are_not_drawn_are_not_touched() -> None:
     assert swept.eta_gradient[0] == 0
     assert swept.eta_gradient[1] != 0
     torch.testing.assert_close(swept.loss.detach(), swept.clean + 2 * swept.adversarial["block"])
+
+
+def test_gradients_become_the_weights_without_a_copy_and_once() -> None:
+    model = Small().train()
+    images, target = batch(8, dtype=torch.float32)
+    loss = AlfaTask(model, nn.CrossEntropyLoss(), "block", verbose=False)(images, target)["loss"]
+    found = {gradient.data_ptr() for gradient in loss.grad_fn.gradients}
+    loss.backward()
+    assert model.head.weight.grad.data_ptr() in found
+    with pytest.raises(RuntimeError, match="can be walked backward once"):
+        loss.backward()

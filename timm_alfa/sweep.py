@@ -296,7 +296,12 @@ class _HandOver(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("AlfaTask gives no second derivatives; use an optimizer without create_graph=True")
         ctx.sweep.note_loss_scale(factor.detach())
-        scaled = torch._foreach_mul(ctx.gradients, factor / ctx.scale) if ctx.gradients else []
+        if ctx.gradients is None:
+            raise RuntimeError("the loss of an AlfaTask can be walked backward once; call the task again")
+        scaled, ctx.gradients = ctx.gradients, None  # nobody else holds them: they become the weights' own
+        ratio = factor / ctx.scale  # on an accelerator, looking at it would cost more than to multiply
+        if scaled and (ratio.device.type != "cpu" or ratio.item() != 1):
+            scaled = torch._foreach_mul(scaled, ratio)
         cast = [gradient.to(dtype) for gradient, dtype in zip(scaled, ctx.dtypes, strict=True)]
         return None, None, None, None, *cast
 
