@@ -37,7 +37,11 @@ def uniform(features: Sequence[Tensor], eps: Scale, generator: torch.Generator |
 
 
 def direction(gradients: Sequence[Tensor], norm: Norm) -> list[Tensor]:
-    """sgn(g) for ``linf``, g / ||g||_2 per sample for ``l2``; a zero gradient has the zero direction."""
+    """sgn(g) for ``linf``, g / ||g||_2 per sample for ``l2``; a zero gradient has the zero direction.
+
+    The direction is finite whatever the gradient: where that is not a number (in ``l2``: anywhere in the sample, or
+    infinite) it is zero.
+    """
     gradients = [gradient.to(working_dtype(gradient.dtype)) for gradient in gradients]
     if norm == "linf":
         return [torch.sign(gradient) for gradient in gradients]
@@ -109,6 +113,12 @@ def perturb(
     return current
 
 
+def is_finite(parts: Sequence[Tensor]) -> Tensor:
+    """[]: whether every entry is finite; entries near the end of float32's range may count as infinite."""
+    # A sum reads each entry once, whatever the memory layout: several times quicker than isfinite().all().
+    return torch.stack([part.detach().sum(dtype=working_dtype(part.dtype)) for part in parts]).isfinite().all()
+
+
 def l2_norms(delta: Sequence[Tensor]) -> Tensor:
     """||delta||_2 per sample, [B]."""
     return _l2(delta)
@@ -134,4 +144,5 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _divide(part: Tensor, divisors: Tensor) -> Tensor:
-    return part / _column(divisors.masked_fill(divisors == 0, 1), part)
+    quotient = part / _column(divisors.masked_fill(divisors == 0, 1), part)
+    return quotient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

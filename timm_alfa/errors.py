@@ -1,4 +1,4 @@
-"""The one error that a command line turns into a single line and exit code 2."""
+"""The errors that a command line turns into a single line: a user's mistakes (exit code 2) and bad numbers (1)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ class UsageError(ValueError):
 
     The message is one line that names the flag (or file), the value found and what would be right.
     """
+
+
+class DataError(RuntimeError):
+    """The training data cannot be read; the message's last line names the file."""
+
+
+class NonFiniteError(ArithmeticError):
+    """Training met a number that is infinite or not a number; the message says which, when, and on what rank."""
 
 
 class BlockError(ValueError):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .attack import working_dtype
+from .attack import is_finite, working_dtype
 from .eta import l1_norm
 from .replay import Cut, Recording
 from .wrapper import FLOAT16_SCALE, AlfaWrapper, reaching
@@ -39,6 +39,8 @@ class Swept:
         clean: The clean loss, detached.
         adversarial: Block name -> adversarial loss, detached.
         observed: Block name -> what ``observe`` returned for its perturbation and feature.
+        finite: What has to be finite -> whether it is, [] on the device: per block its feature, its adversarial loss
+            and, unless gradients are scaled (float16), those that its perturbation follows.
         eta_gradient: Of the objective with respect to eta, [r]; zeros unless it is learned.
     """
 
@@ -48,6 +50,7 @@ class Swept:
     adversarial: dict[str, Tensor]
     observed: dict[str, Any]
     eta_gradient: Tensor
+    finite: dict[str, Tensor]
 
 
 class Sweep:
@@ -86,7 +89,7 @@ class Sweep:
         recording = alfa.record(input, cut=weights.keys())
         clean = self.criterion(recording.output, target)
         gradients = _Gradients(alfa, recording, self._scale_for(recording.output))
-        swept = Swept(clean, _detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(alfa.eta.values))
+        swept = Swept(clean, _detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(alfa.eta.values), {})
         swept.loss = clean_weight * swept.clean
         gradients.walk_clean(clean, clean_weight)
         del clean
@@ -120,13 +123,19 @@ class Sweep:
         alfa, block = self.alfa, cut.block
         assert block is not None
         feature = recording.features[block]
-        delta = alfa.find_delta(recording, block, target, gradients.clean_at(cut) if alfa.starts_from_clean else None)
+        first = gradients.clean_at(cut) if alfa.starts_from_clean else None
+        found: list[Tensor] = []
+        delta = alfa.find_delta(recording, block, target, first, note=lambda step: found.append(is_finite(step)))
         if observe is not None:
             swept.observed[block] = observe(delta, feature.tensors)
         perturbed = [part.detach().requires_grad_() for part in alfa.perturbed(block, feature.tensors, delta)]
         loss = self.criterion(alfa.replay(recording, block, feature.rebuild(perturbed)), target)
         swept.adversarial[block] = loss.detach()
         swept.loss = swept.loss + weight * swept.adversarial[block]
+        swept.finite[f"feature of {block}"] = is_finite(feature.tensors)
+        if found and not alfa.is_float16(recording.output):  # scaled gradients overflow now and then
+            swept.finite[f"perturbation of {block}"] = torch.stack(found).all()
+        swept.finite[f"adversarial loss of {block}"] = loss.detach().isfinite()
         at_feature = gradients.walk_adversarial(loss, perturbed, cut, weight)
         if alfa.eta.learnable:
             wide = swept.eta_gradient.dtype  # float64 where the device has it

@@ -136,7 +136,8 @@ class AlfaTask(ClassificationTask):
 
         Returns:
             ``loss`` (to call ``backward`` on, once), ``output`` (clean), ``loss_clean``, ``loss_adv`` (mean over the
-            blocks), ``loss_adv_by_block`` (dict) and for L-ALFA ``eta`` [r], all but the first detached.
+            blocks), ``loss_adv_by_block`` (dict), ``finite`` (dict: what has to be finite -> whether it is) and for
+            L-ALFA ``eta`` [r], all but the first detached. Perturbations that are not finite are not added.
         """
         if self._stepper is not None:
             self._stepper.begin_batch()
@@ -242,7 +243,7 @@ class _AlfaStep(nn.Module):
             clean = self.__dict__["objective"].criterion(output, target)
             return {
                 "loss": clean, "output": output, "loss_clean": clean.detach().clone(),
-                "loss_adv": clean.detach().clone(), "loss_adv_by_block": {},
+                "loss_adv": clean.detach().clone(), "loss_adv_by_block": {}, "finite": {},
             }
         of_clean, weights = self._weights()
         observe = _norms if alfa.passes % Monitor.NORM_INTERVAL == 0 else None
@@ -253,6 +254,7 @@ class _AlfaStep(nn.Module):
             "loss_clean": swept.clean,
             "loss_adv": torch.stack(list(swept.adversarial.values())).mean(),
             "loss_adv_by_block": swept.adversarial,
+            "finite": swept.finite,
             "observed": swept.observed,
         }
         if alfa.eta.learnable:

@@ -265,14 +265,16 @@ class AlfaWrapper(nn.Module):
             name: str,
             target: Any,
             first_gradient: Sequence[Tensor] | None = None,
+            note: Callable[[Sequence[Tensor]], object] | None = None,
     ) -> list[Tensor]:
-        """The perturbation of one block after K steps of Eq. 4.
+        """The perturbation of one block after K steps of Eq. 4; finite, whatever the gradients are.
 
         Args:
             recording: Of the clean pass.
             name: The block.
             target: What the criterion takes.
             first_gradient: The gradient at delta = 0, if it is known; else every step is a tail replay.
+            note: Called with the gradient of every step.
 
         Returns:
             One tensor per floating-point tensor of the feature, detached, at least float32.
@@ -283,9 +285,14 @@ class AlfaWrapper(nn.Module):
             leaves = [part.detach().requires_grad_() for part in delta]
             value = feature.rebuild(_add([tensor.detach() for tensor in feature.tensors], leaves))
             output = self._active_replay().replay(recording, name, value, detach=True)
-            return reaching(name, self._gradient(output, target, leaves), leaves)
+            found = reaching(name, self._gradient(output, target, leaves), leaves)
+            if note is not None:
+                note(found)
+            return found
 
         if first_gradient is not None:
+            if note is not None:
+                note(first_gradient)
             delta = attack.ascend(None, first_gradient, alpha=self.alpha, norm=self.norm, eps=self.eps)
         elif self.init == "uniform":
             assert self.eps is not None

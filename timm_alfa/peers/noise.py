@@ -46,6 +46,7 @@ class NoiseWrapper(AlfaWrapper):
             name: str,
             target: Any,
             first_gradient: Sequence[Tensor] | None = None,
+            note: Callable[[Sequence[Tensor]], object] | None = None,
     ) -> list[Tensor]:
         """N(0, sigma^2), drawn anew in every step and for every block; the global random state stays as it is."""
         parts = attack.zeros(recording.features[name].tensors)

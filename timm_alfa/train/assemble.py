@@ -15,7 +15,6 @@ from torch import nn
 
 from .. import cli
 from ..errors import UsageError
-from .checkpoint import restore_random_state
 from .data import check_class_count, check_data_arguments, create_datasets, create_test_set, default_class_count
 from .device import create_precision, prepare_device
 from .loaders import create_loaders
@@ -23,7 +22,7 @@ from .loop import ReportingTask, Training, updates_per_epoch
 from .model import build_model, check_forward, place_model
 from .objective import create_criterion, create_mixup
 from .optim import create_optimizer, create_schedule, resolve_learning_rate
-from .resume import open_checkpoint, restore_ema, restore_training
+from .resume import open_checkpoint, restore_ema, restore_randomness, restore_training
 from .text import one_line
 
 _logger = logging.getLogger(__name__)
@@ -169,10 +168,8 @@ def assemble(
     if isinstance(task, ReportingTask):
         for line in task.summary_lines(tuple(data_config["input_size"])):
             _logger.info(line)
-    if checkpoint is not None and not restore_random_state(checkpoint, args.rank):
-        _logger.warning(
-            f"--resume {resume_path}: has no random states for {args.world_size} process(es) on this kind of device; "
-            "training goes on, but not exactly as it would have without the break.")
+    if checkpoint is not None:
+        restore_randomness(args, resume_path, checkpoint)
     run = Training(
         args=args,
         task=task,

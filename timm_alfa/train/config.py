@@ -6,6 +6,7 @@ import argparse
 import difflib
 import logging
 import os
+import reprlib
 from typing import Any
 
 import yaml
@@ -52,7 +53,7 @@ def _read(path: str, flag: str) -> dict[Any, Any]:
             content = yaml.safe_load(file)
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except Exception as error:  # the reader of a value such as `!!int ''` can raise nearly anything
         raise UsageError(f"{flag} {path}: not plain YAML ({_describe(error)})") from error
     if content is None:
         return {}
@@ -74,7 +75,7 @@ def _check(path: str, content: dict[Any, Any], parser: argparse.ArgumentParser, 
         try:
             defaults[name] = _convert(value, actions[name])
         except ValueError as error:
-            raise UsageError(f"{flag} {path}: {key}: {value!r} is not {error}") from error
+            raise UsageError(f"{flag} {path}: {key}: {reprlib.repr(value)} is not {error}") from error
     return defaults
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from PIL import Image
 from timm.data import ImageDataset
 
+from timm_alfa.errors import DataError
+from timm_alfa.train.text import one_line
+
 __all__ = ["NamedImageDataset"]
 
 _logger = logging.getLogger(__name__)
@@ -23,7 +26,7 @@ class NamedImageDataset(ImageDataset):
     """A `timm.data.ImageDataset` whose warnings and errors about images that do not decode name the file.
 
     As in timm, such an image is replaced by the next one, and after ten in a row (or TIMM_DATASET_MAX_RETRIES) loading
-    ends with a RuntimeError.
+    ends with a DataError.
 
     Args:
         dataset: the dataset to read as; its reader, mode and transforms are taken over.
@@ -47,10 +50,10 @@ class NamedImageDataset(ImageDataset):
                 image, target, *features = self._read(position)
                 break
             except _DECODE_ERRORS as error:
-                problem = f"{self.filename(position, absolute=True)} does not decode as an image ({error})"
+                problem = f"{self.filename(position, absolute=True)} does not decode as an image ({one_line(error)})"
                 _logger.warning(f"{problem}; the next image takes its place")
         else:
-            raise RuntimeError(f"{problem}, nor do the {_MAX_CONSECUTIVE - 1} before it")
+            raise DataError(f"{problem}, nor do the {_MAX_CONSECUTIVE - 1} before it")
         if self.transform is not None:
             image = self.transform(image)
         if target is None:

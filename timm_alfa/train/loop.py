@@ -19,6 +19,7 @@ from torchvision.utils import save_image
 
 from .checkpoint import TrainCheckpointSaver, gather_random_states
 from .device import Precision
+from .finite import FiniteCheck
 from .log import progress_bar
 
 _logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
     num_updates = epoch * updates
     losses, update_time, data_time = utils.AverageMeter(), utils.AverageMeter(), utils.AverageMeter()
     accumulated, samples = args.grad_accum_steps, 0
+    check = FiniteCheck(args, run.device, epoch)
     data_start = update_start = time.time()
 
     run.optimizer.zero_grad()
@@ -108,9 +110,9 @@ def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
             images, target = prepare_batch(run, images, target)
             data_time.update(accumulated * (time.time() - data_start))
 
-            loss = _step(run, images, target, accumulated=accumulated, update=update)
+            loss = _step(run, images, target, check, accumulated=accumulated, update=update)
 
-            losses.update(loss.item() * accumulated, images.shape[0])
+            losses.update(loss * accumulated, images.shape[0])
             samples += images.shape[0] * args.world_size
             if not update:
                 data_start = time.time()
@@ -183,18 +185,23 @@ def _step(
         run: Training,
         images: torch.Tensor,
         target: torch.Tensor,
+        check: FiniteCheck,
         *,
         accumulated: int,
         update: bool,
-) -> torch.Tensor:
+) -> float:
     """Runs forward and backward and, if `update`, the optimizer; returns the batch's share of the update's loss."""
     args, task, optimizer = run.args, run.task, run.optimizer
     second_order = getattr(optimizer, "is_second_order", False)
     with contextlib.nullcontext() if update else task.no_sync():
         with run.precision.autocast():
-            loss = task(images, target)["loss"]
+            result = task(images, target)
+        loss = result["loss"]
         if accumulated > 1:
             loss = loss / accumulated
+        # The step's only wait for the device. What is launched after it, up to the optimizer's step, runs while the
+        # next batch is fetched.
+        value = check.read(loss, result.get("finite", {}), update=update)
         scaled = loss * _batch_scale(run, images.shape[0]) if args.train_img_sizes is not None else loss
 
         clipped = None
@@ -216,8 +223,7 @@ def _step(
                 if clipped is not None:
                     utils.dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
                 optimizer.step()
-    result: torch.Tensor = loss.detach()
-    return result
+    return value
 
 
 def _batch_scale(run: Training, batch_size: int) -> float:

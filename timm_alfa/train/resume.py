@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +15,13 @@ from timm.task import ClassificationTask
 from timm.utils import NativeScaler
 
 from ..errors import UsageError
-from .checkpoint import find_resume, read_checkpoint
+from .checkpoint import find_resume, read_checkpoint, restore_random_state
 from .text import one_line
 
 _logger = logging.getLogger(__name__)
+
+# what loading the state of something else raises
+_MISFITS = (RuntimeError, LookupError, ValueError, TypeError, AttributeError)
 
 
 def open_checkpoint(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
@@ -26,7 +31,37 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[str, dict[str, Any] | Non
         UsageError: the file is missing, damaged or no checkpoint.
     """
     path = find_resume(args.resume, args.output, args.experiment)
-    return (path, read_checkpoint(path)) if path else ("", None)
+    if not path:
+        return "", None
+    checkpoint = read_checkpoint(path)
+    for key, is_right in _RIGHT.items():
+        if checkpoint.get(key) is not None and not is_right(checkpoint[key]):
+            raise UsageError(f"--resume {path}: damaged ('{key}' is not what a training run writes)")
+    return path, checkpoint
+
+
+def _is_history(saver: Any) -> bool:
+    """Whether this is timm's ranking of checkpoints. It names files that are deleted in time: none but checkpoints."""
+    if not isinstance(saver, dict):
+        return False
+    try:
+        ranked = [*saver["checkpoint_files"], (None, saver["best_metric"]), saver["pending"]]
+        names = [name for name, _ in saver["checkpoint_files"]]
+        numbers = [number for _, number in ranked] + [saver["best_epoch"], saver["pending"][0]]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return all(number is None or isinstance(number, (int, float)) for number in numbers) and all(
+        isinstance(name, str) and re.fullmatch(r"checkpoint-\d+\.pth\.tar", name) for name in names
+    )
+
+
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "epoch": lambda value: isinstance(value, int) and value >= 0,
+    "version": lambda value: isinstance(value, int),
+    "saver": _is_history,
+    "optimizer": lambda value: isinstance(value, dict),
+    "state_dict_ema": lambda value: isinstance(value, dict),
+}
 
 
 def restore_training(
@@ -50,7 +85,7 @@ def restore_training(
         task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
     except UsageError as error:
         raise UsageError(f"--resume {path}: {error}") from error
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except _MISFITS as error:
         raise UsageError(f"--resume {path}: does not fit --model {args.model}: {one_line(error)}") from error
     if not args.no_resume_opt:
         try:
@@ -58,12 +93,12 @@ def restore_training(
                 optimizer.load_state_dict(checkpoint["optimizer"])
             if scaler is not None and scaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[scaler.state_dict_key])
-        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except _MISFITS as error:
             raise UsageError(
                 f"--resume {path}: its optimizer state does not fit --opt {args.opt} "
                 f"(--no-resume-opt leaves it out): {one_line(error)}") from error
     epoch = checkpoint.get("epoch")
-    if not isinstance(epoch, int):
+    if epoch is None:
         return 0
     interrupted = os.path.basename(path).startswith("recovery-")
     finished = checkpoint.get("version", 1) > 1 and not interrupted
@@ -77,5 +112,17 @@ def restore_ema(path: str, checkpoint: dict[str, Any], task: ClassificationTask)
     try:
         task.load_checkpoint_state(
             clean_state_dict(checkpoint[f"state_dict{suffix}"]), checkpoint.get(f"task_state{suffix}"), ema=True)
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except _MISFITS as error:
         raise UsageError(f"--resume {path}: its averaged weights do not fit: {one_line(error)}") from error
+
+
+def restore_randomness(args: argparse.Namespace, path: str, checkpoint: dict[str, Any]) -> None:
+    """Puts the random generators of this process back, with a warning where the checkpoint has no states for it."""
+    try:
+        restored = restore_random_state(checkpoint, args.rank)
+    except _MISFITS as error:
+        raise UsageError(f"--resume {path}: damaged ('random_states': {one_line(error)})") from error
+    if not restored:
+        _logger.warning(
+            f"--resume {path}: has no random states for {args.world_size} process(es) on this kind of device; "
+            "training goes on, but not exactly as it would have without the break.")

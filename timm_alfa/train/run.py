@@ -21,7 +21,7 @@ from timm.utils.distributed import world_info_from_env
 
 from ..dryrun import dry_run
 from ..environment import describe_run
-from ..errors import UsageError
+from ..errors import DataError, NonFiniteError, UsageError
 from ..export import WEIGHTS_FILE, export_checkpoint
 from ..report.plot import draw
 from .args import parse_args
@@ -29,6 +29,7 @@ from .assemble import Plan, assemble, check_inputs, list_blocks
 from .checkpoint import CheckpointError, TrainCheckpointSaver, gather_random_states
 from .evaluate import validate
 from .final_test import TEST_FILE, best_checkpoint, test_best_checkpoint
+from .finite import check_weights
 from .log import setup_logging
 from .loop import ReportingTask, prepare_batch, train_one_epoch
 from .output import MetricLog, open_output, snapshot
@@ -44,33 +45,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments without the program's name; None takes those of the process.
 
     Raises:
-        SystemExit: 2 after a user's mistake, 1 when a checkpoint cannot be written, 130 after an interrupt.
+        SystemExit: 2 after a user's mistake, 1 when a file cannot be written, images cannot be read or numbers are no
+            longer finite, 130 after an interrupt.
     """
     setup_logging(primary=world_info_from_env()[1] == 0)
     try:
         argv = sys.argv[1:] if argv is None else list(argv)
         train(parse_args(argv), command=shlex.join(["train_alfa.py", *argv]))
     except UsageError as error:
-        _fail(error, code=2)
-    except CheckpointError as error:
-        _fail(error, code=1)
+        _fail(str(error), code=2)
+    except (CheckpointError, NonFiniteError) as error:
+        _fail(str(error), code=1)
+    except DataError as error:  # a loader's worker process puts its traceback before the message
+        _fail(str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: "), code=1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has seen enough; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # the disk is full, the folder has gone, ...
+        if error.errno is None:
+            raise
+        _fail(f"{error.filename or 'a file of the run'}: {error.strerror}; the checkpoints written are intact", code=1)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _fail(error: Exception, *, code: int) -> NoReturn:
+def _fail(message: str, *, code: int) -> NoReturn:
     rank = world_info_from_env()[1]
     if rank > 0:
         # The first rank tells what all of them found, and its end makes the launcher end this process too. One that
         # outlives it has met a mistake of its own.
         time.sleep(10)
-    print(f"train_alfa.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"train_alfa.py: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -84,6 +92,8 @@ def train(args: argparse.Namespace, *, command: str) -> None:
     Raises:
         UsageError: before anything is written.
         CheckpointError: a checkpoint cannot be written; earlier ones are intact.
+        NonFiniteError: a loss, feature, perturbation or weight is infinite or not a number.
+        DataError: image after image does not decode.
     """
     config = snapshot(args)
     args.prefetcher = not args.no_prefetcher
@@ -169,6 +179,7 @@ def _run_epoch(plan: Plan, epoch: int, log: MetricLog | None) -> list[dict[str, 
     run, args = plan.run, plan.run.args
     _set_loader_epoch(run.loader, epoch)
     train_metrics = train_one_epoch(run, epoch)
+    check_weights(args, run.module, run.device, epoch)
     if args.distributed and args.dist_bn:
         utils.distribute_bn(run.module, args.world_size, args.dist_bn == "reduce")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,9 @@ def mistakes_in_one_line(what: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+        ValueError, pickle.PickleError,
+    ) as error:  # fmt: skip
         lines = str(error).strip().splitlines()
         raise UsageError(f"{what.strip()}: {lines[0] if lines else type(error).__name__}") from error
