@@ -23,7 +23,7 @@ from .model import build_model, check_forward, place_model
 from .objective import create_criterion, create_mixup
 from .optim import create_optimizer, create_schedule, resolve_learning_rate
 from .resume import open_checkpoint, restore_ema, restore_randomness, restore_training
-from .text import one_line
+from .text import mistakes_in_one_line, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +77,9 @@ def create_seeded_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, 
     device = prepare_device(args)
     utils.random_seed(args.seed, args.rank)
     model = build_model(args)
-    return model, resolve_data_config(vars(args), model=model, verbose=utils.is_primary(args)), device
+    with mistakes_in_one_line("--input-size, --mean, --std: expected one value per channel, or one for all"):
+        data_config = resolve_data_config(vars(args), model=model, verbose=utils.is_primary(args))
+    return model, data_config, device
 
 
 def list_blocks(args: argparse.Namespace) -> None:

@@ -21,10 +21,11 @@ _AT_LEAST: dict[str, float] = {
     "batch_size": 1, "validation_batch_size": 1, "num_classes": 1, "in_chans": 1, "img_size": 1, "workers": 0,
     "log_interval": 1, "val_interval": 1, "recovery_interval": 0, "checkpoint_hist": 1, "mixup_off_epoch": 0,
     "tta": 0, "lr": 0, "lr_base": 0, "lr_base_size": 1, "warmup_lr": 0, "min_lr": 0, "weight_decay": 0, "mixup": 0,
-    "cutmix": 0, "epoch_repeats": 0, "aug_repeats": 0, "recount": 1, "train_batches_per_epoch": 1, "decay_epochs": 0,
-    "clip_grad": 0, "train_num_samples": 1, "val_num_samples": 1, "seed": 0,
+    "cutmix": 0, "epoch_repeats": 0, "aug_repeats": 0, "recount": 1, "train_batches_per_epoch": 1,
+    "clip_grad": 0, "lr_cycle_decay": 0, "lr_cycle_limit": 1, "train_num_samples": 1, "val_num_samples": 1, "seed": 0,
     "split_seed": 0, "crop_padding": 0, "warmup_updates": 0,
 }  # fmt: skip
+_ABOVE_ZERO = ("lr_cycle_mul", "lr_k_decay", "decay_rate", "decay_epochs", "bn_eps", "crop_pct", "opt_eps")
 _PROBABILITIES = (
     "hflip", "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "reprob", "mixup_prob",
     "mixup_switch_prob", "smoothing", "drop", "drop_path", "drop_block", "model_ema_decay",
@@ -53,6 +54,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < bound:
             raise UsageError(f"{_flag(name)} {value}: must be at least {bound:g}")
+    for name in _ABOVE_ZERO:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"{_flag(name)} {value}: must be above 0")
     for name in _PROBABILITIES:
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
@@ -76,6 +81,10 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise UsageError(f"--batch-size {args.batch_size}: Mixup and CutMix need an even batch size")
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
         raise UsageError(f"--cutmix-minmax {args.cutmix_minmax}: must be two numbers, the smallest and largest share")
+    for name in ("scale", "ratio"):
+        value = getattr(args, name)
+        if len(value) != 2 or not 0 < value[0] <= value[1]:
+            raise UsageError(f"{shown(name, value)}: must be two numbers above 0, the smallest and the largest")
     if args.decay_milestones != sorted(set(args.decay_milestones)):
         raise UsageError(f"--decay-milestones {args.decay_milestones}: must be increasing")
     if args.warmup_updates is not None and not args.sched_on_updates:

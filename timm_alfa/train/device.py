@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import importlib
 import logging
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from timm import utils
 from timm.layers import set_fast_norm
 
@@ -59,6 +61,14 @@ def prepare_device(args: argparse.Namespace) -> torch.device:
     if args.fast_norm:
         set_fast_norm()
     return device
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended; gloo raises nothing more particular."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    words = r"closed by peer|reset by peer|broken pipe|timed out|remote process"
+    return isinstance(error, dist.DistError) or re.search(words, str(error), re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)

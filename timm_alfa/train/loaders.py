@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from timm.data import create_loader
 from timm.data.transforms import MaybePILToTensor
+from torch.utils.data import IterableDataset
 from torchvision.transforms import RandomCrop
 
 from timm_alfa.errors import UsageError
 from timm_alfa.train.cache import BatchAugmentation, CachedLoader
 from timm_alfa.train.data_check import dataset_kind
+from timm_alfa.train.random_state import randomness_kept
 from timm_alfa.train.text import mistakes_in_one_line
 
 __all__ = ["create_loaders"]
@@ -102,18 +104,24 @@ def create_loaders(
         )
     # more workers than shards would pad the validation set of a distributed run
     sharded = args.distributed and dataset_kind(args) in ("tfds", "wds")
-    loader_eval, loader_test = (
-        None if dataset is None else create_loader(
-            dataset,
-            batch_size=args.validation_batch_size or args.batch_size,
-            is_training=False,
-            interpolation=data_config["interpolation"],
-            crop_pct=data_config["crop_pct"],
-            num_workers=min(2, args.workers) if sharded else args.workers,
-            **common,
+    per_batch = args.validation_batch_size or args.batch_size
+    with mistakes_in_one_line("validation transforms (--interpolation, --crop-pct, ...)"):
+        loader_eval, loader_test = (
+            None if dataset is None else create_loader(
+                dataset,
+                batch_size=per_batch,
+                is_training=False,
+                interpolation=data_config["interpolation"],
+                crop_pct=data_config["crop_pct"],
+                num_workers=min(2, args.workers) if sharded else args.workers,
+                **common,
+            )
+            for dataset in (dataset_eval, dataset_test)
         )
-        for dataset in (dataset_eval, dataset_test)
-    )
+    if args.tta > 1 and dataset_eval is not None and (per_batch % args.tta or len(dataset_eval) % args.tta):
+        raise UsageError(f"--tta {args.tta}: must divide the validation batch size, {per_batch}, and the images")
+    _check_first_image(args, dataset_train, "--train-split", data_config["input_size"][0])
+    _check_first_image(args, dataset_eval, "--val-split", data_config["input_size"][0])
     if args.cache_images:
         augment = None
         if padded:
@@ -140,6 +148,17 @@ def _scheduled_size_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "batch_schedule_random_mix": args.train_size_random_mix,
         "num_batches": args.train_batches_per_epoch,
     }
+
+
+def _check_first_image(args: argparse.Namespace, dataset: Any, split_flag: str, channels: int) -> None:
+    """Try the transforms on one image, drawing nothing: many a value is found wrong only there."""
+    if isinstance(dataset, IterableDataset) or dataset is None or args.train_img_sizes is not None:
+        return
+    with randomness_kept(), mistakes_in_one_line(f"{split_flag}: its first image cannot be transformed"):
+        shape: Sequence[int] = getattr(dataset[0][0], "shape", ())
+    if len(shape) == 3 and shape[0] != channels:
+        raise UsageError(f"--input-img-mode {args.input_img_mode}: gives images of {shape[0]} channels, expected "
+                         f"the model's {channels} (--in-chans)")
 
 
 def _check_image_size(dataset: Any, input_size: Sequence[int]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-__all__ = ["gather_random_states", "restore_random_state"]
+__all__ = ["gather_random_states", "randomness_kept", "restore_random_state"]
 
 
 def gather_random_states() -> list[dict[str, Any]] | None:
@@ -46,6 +48,21 @@ def restore_random_state(checkpoint: dict[str, Any], rank: int) -> bool:
     state = states[rank]
     if state["accelerator"] != _accelerator():
         return False
+    _restore(state)
+    return True
+
+
+@contextmanager
+def randomness_kept() -> Iterator[None]:
+    """Whatever is drawn inside, from whichever generator, the states afterwards are those of before."""
+    state = _capture()
+    try:
+        yield
+    finally:
+        _restore(state)
+
+
+def _restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["accelerator"]:
         torch.get_device_module(state["accelerator"]).set_rng_state(state["accelerator_state"])
@@ -54,7 +71,6 @@ def restore_random_state(checkpoint: dict[str, Any], rank: int) -> bool:
     np.random.set_state(("MT19937", keys, numpy_state["pos"], numpy_state["has_gauss"], numpy_state["cached_gaussian"]))
     version, keys, gauss_next = state["python"]
     random.setstate((version, tuple(keys.tolist()), gauss_next))
-    return True
 
 
 def _capture() -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ..report.plot import draw
 from .args import parse_args
 from .assemble import Plan, assemble, check_inputs, list_blocks
 from .checkpoint import CheckpointError, TrainCheckpointSaver, gather_random_states
+from .device import lost_process
 from .evaluate import validate
 from .final_test import TEST_FILE, best_checkpoint, test_best_checkpoint
 from .finite import check_weights
@@ -34,6 +35,7 @@ from .log import setup_logging
 from .loop import ReportingTask, prepare_batch, train_one_epoch
 from .output import MetricLog, open_output, snapshot
 from .robust import ROBUST_FILE, attack_exported
+from .text import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -63,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has seen enough; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        _fail(f"another of the {world_info_from_env()[2]} processes is gone ({one_line(error)}); "
+              "--resume auto goes on from the last checkpoint", code=1)
     except OSError as error:  # the disk is full, the folder has gone, ...
         if error.errno is None:
             raise

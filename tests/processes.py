@@ -1,0 +1,65 @@
+"""The training command in processes of its own, forked: torch is imported already, and signals, limits and exit codes
+are real."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from timm_alfa.train import main
+
+
+def start(
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        environment: dict[str, str] | None = None,
+        first: Callable[[], object] = lambda: None,
+) -> int:
+    """Starts the command and returns its process id; what it prints goes to `log`, `first` is called before it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
+        child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        os.environ.update(environment or {})
+        with open(log, "a", buffering=1) as file:
+            sys.stdout = sys.stderr = file
+            first()
+            main(arguments)
+        code = 0
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        raise
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code of a process, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def start_ranks(arguments: Sequence[str], log: Path, count: int) -> list[int]:
+    """Starts the command in `count` processes that find each other, as a launcher would; rank r prints to `log`-r."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [
+        start(
+            arguments, log.with_name(f"{log.name}-{rank}"),
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]

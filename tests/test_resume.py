@@ -1,0 +1,63 @@
+"""2 + 2 epochs are 4, bit for bit: everything that a checkpoint holds, on one rank and two, with data workers."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+from training_images import make_image_folder
+
+COMMAND = (
+    "--model resnet20s --img-size 16 --num-classes 3 -b 4 --epochs 4 --experiment run --opt adamw --lr 1e-3 "
+    "--warmup-epochs 1 --sched-on-updates --alfa-blocks layer1 layer2 layer3 --alfa-learnable --alfa-gamma 0.5 "
+    "--alfa-eta-lr 0.1 --alfa-sample-blocks 2 --alfa-steps 2 --model-ema --model-ema-decay 0.8 --model-ema-warmup "
+    "--mixup 0.2 --drop 0.1 --aa rand-m9 --reprob 0.3 --grad-accum-steps 2"
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("images"), train=6)
+
+
+def _run(images: Path, output: Path, extra: str, ranks: int) -> dict[str, Any]:
+    output.mkdir(exist_ok=True)
+    arguments = [*COMMAND.split(), "--data-dir", str(images), "--output", str(output), *extra.split()]
+    children = processes.start_ranks(arguments, output / "log", ranks)
+    assert [processes.wait(child) for child in children] == [0] * ranks, (output / "log-0").read_text()
+    with torch.serialization.safe_globals([Namespace]):
+        found: dict[str, Any] = torch.load(output / "run" / "last.pth.tar", weights_only=True)
+    return found
+
+
+def _differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two nested values differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [found for key in one for found in _differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        parts = enumerate(zip(one, other, strict=True))
+        return [found for index, pair in parts for found in _differences(*pair, f"{path}/{index}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [path]
+    return [] if one == other else [path]
+
+
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (0, 2), (2, 2)])
+def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path, workers: int, ranks: int) -> None:
+    flags = f"--workers {workers}"
+    whole = _run(images, tmp_path / "whole", flags, ranks)
+    early = _run(images, tmp_path / "parts", f"{flags} --stop-epoch 2", ranks)
+    parts = _run(images, tmp_path / "parts", f"{flags} --resume auto", ranks)
+    for state in (whole, early, parts):
+        del state["args"]  # they say where the output goes, and whether to resume
+    assert len(whole["random_states"]) == ranks
+    assert _differences(whole, parts) == []
+    changed = {path.split("/")[1] for path in _differences(whole, early)}
+    assert changed >= {"state_dict", "state_dict_ema", "task_state", "random_states", "epoch", "optimizer"}
+    for name in ("summary.csv", "eta.csv"):
+        files = [tmp_path / folder / "run" / name for folder in ("whole", "parts")]
+        assert files[0].read_text() == files[1].read_text()
