@@ -7,10 +7,20 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from timm_alfa.train import main
+
+
+def call_ranks(function: Callable[..., object], arguments: tuple[Any, ...], count: int) -> None:
+    """Calls `function(rank, *arguments)` in `count` forked processes, and raises if one of them did."""
+    with _forking():
+        torch.multiprocessing.start_processes(function, arguments, nprocs=count, start_method="fork")
 
 
 def start(
@@ -21,8 +31,7 @@ def start(
         first: Callable[[], object] = lambda: None,
 ) -> int:
     """Starts the command and returns its process id; what it prints goes to `log`, `first` is called before it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
+    with _forking():
         child = os.fork()
     if child:
         return child
@@ -45,9 +54,22 @@ def start(
         os._exit(code)
 
 
+@contextmanager
+def _forking() -> Iterator[None]:
+    """Newer Pythons warn where there is another thread, such as that of a progress bar."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
+        yield
+
+
 def wait(child: int) -> int:
     """The exit code of a process, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def has_ended(child: int) -> bool:
+    """Whether a process has ended; `wait` still has to be called."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def start_ranks(arguments: Sequence[str], log: Path, count: int) -> list[int]:

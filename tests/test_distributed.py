@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import socket
@@ -69,7 +70,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     for batch_norm, batches, name in CASES:
         model = _net(batch_norm)
         task = AlfaTask(model, nn.CrossEntropyLoss(), BLOCKS, alpha=ALPHA, verbose=False, **OPTIONS[name])
-        task.prepare_distributed(broadcast_buffers=False)
+        task.prepare_distributed()
         drawn = []
         for index in range(batches - 1):
             with task.no_sync():
@@ -86,9 +87,12 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+WORLD_SIZES = [2, 4]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_ranks_have_the_averaged_gradients_of_the_reference(tmp_path: Path, world_size: int) -> None:
-    torch.multiprocessing.spawn(_rank, (world_size, str(tmp_path)), nprocs=world_size)
+    processes.call_ranks(_rank, (world_size, str(tmp_path)), world_size)
     by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     for case, (batch_norm, batches, name) in enumerate(CASES):
         _, drawn, eta, _ = by_rank[0][case]
@@ -107,12 +111,13 @@ def test_ranks_have_the_averaged_gradients_of_the_reference(tmp_path: Path, worl
                 )
                 for key, gradient in plain.gradients.items():
                     expected[key] = expected.get(key, 0) + gradient / (batches * world_size)
-            for mine, reference in zip(by_rank[rank][case][3], model.buffers(), strict=True):
-                torch.testing.assert_close(mine, reference, rtol=1e-12, atol=0)
+            if rank == 0:  # whose statistics the others are given
+                for mine, reference in zip(by_rank[0][case][3], model.buffers(), strict=True):
+                    torch.testing.assert_close(mine, reference, rtol=1e-12, atol=0)
         for rank in range(world_size):
             for key, gradient in by_rank[rank][case][0].items():
                 torch.testing.assert_close(gradient, expected[key], rtol=1e-9, atol=1e-14)
-        moved = (eta - 1 / 3).abs().max() > 1e-6
+        moved = eta.max() - eta.min() > 1e-6
         assert bool(moved) == (name == "L-ALFA")
 
 
@@ -130,7 +135,7 @@ def test_a_rank_that_dies_ends_the_others_in_one_line_and_the_run_resumes(tmp_pa
     images = make_image_folder(tmp_path / "images", train=8)
     last = tmp_path / "run" / "last.pth.tar"
     children = processes.start_ranks(_arguments(images, tmp_path, 500), tmp_path / "killed", 2)
-    while not last.exists():
+    while not last.exists() and not processes.has_ended(children[0]):
         time.sleep(0.01)
     os.kill(children[1], signal.SIGKILL)
     assert [processes.wait(child) for child in children] == [1, -signal.SIGKILL]
@@ -142,7 +147,8 @@ def test_a_rank_that_dies_ends_the_others_in_one_line_and_the_run_resumes(tmp_pa
 
     children = processes.start_ranks(_arguments(images, tmp_path, epoch + 2), tmp_path / "resumed", 2)
     assert [processes.wait(child) for child in children] == [0, 0]
-    assert f"after epoch {epoch}." in (tmp_path / "resumed-0").read_text()
+    results = json.loads((tmp_path / "resumed-0").read_text().partition("--result\n")[2])
+    assert [result["epoch"] for result in results] == [epoch + 1]
 
 
 @pytest.mark.slow

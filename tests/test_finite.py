@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -134,16 +135,16 @@ def _state(model: nn.Module) -> list[Tensor]:
     return [value.clone() for value in model.state_dict().values()]
 
 
+FAULTS: list[tuple[Callable[[nn.Module], ClassificationTask], str, str]] = [
+    (_plain, "loss", "rank 0: loss."),
+    (_alfa, "loss", "rank 0: loss, perturbation of block"),
+    (_alfa, "feature", "feature of block"),
+    (_alfa, "gradient", "rank 0: perturbation of block."),
+]
+
+
 @pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize(
-    ("build", "fault", "named"),
-    [
-        (_plain, "loss", "rank 0: loss."),
-        (_alfa, "loss", "rank 0: loss, perturbation of block"),
-        (_alfa, "feature", "feature of block"),
-        (_alfa, "gradient", "rank 0: perturbation of block."),
-    ],
-)
+@pytest.mark.parametrize(("build", "fault", "named"), FAULTS)
 def test_a_run_stops_before_the_weights_take_the_step(
         build: Callable[[nn.Module], ClassificationTask],
         fault: str,
@@ -248,7 +249,7 @@ def _rank(rank: int, folder: str, fault: str) -> None:
 
 @pytest.mark.parametrize(("fault", "named"), [("loss", "loss"), ("gradient", "perturbation of block")])
 def test_all_ranks_stop_together_and_name_the_one(tmp_path: Path, fault: str, named: str) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), fault), nprocs=2)
+    processes.call_ranks(_rank, (str(tmp_path), fault), 2)
     (message, steps, weights), (other_message, other_steps, other_weights) = (
         torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
     )

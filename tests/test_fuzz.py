@@ -153,8 +153,9 @@ def _global_settings() -> Iterator[None]:
     set_fast_norm(False)  # --fast-norm
 
 
+FEW, MANY = 40, 1500
 WITHOUT_CLOCK = settings(
-    max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=False)
+    max_examples=FEW, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=False)
 
 
 @pytest.mark.filterwarnings("default")  # a warning, of whatever library, is no traceback
@@ -166,7 +167,7 @@ def test_any_flags_train_or_end_in_one_line(images: Path, case: tuple[list[str],
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@settings(WITHOUT_CLOCK, max_examples=1500)
+@settings(WITHOUT_CLOCK, max_examples=MANY)
 @given(case=flags())
 def test_very_many_flags_train_or_end_in_one_line(images: Path, case: tuple[list[str], dict[str, Any]]) -> None:
     run(images, *case)

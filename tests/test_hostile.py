@@ -80,21 +80,25 @@ class Harmful:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("protocol", ["torch", "torch legacy", "pickle"])
-@pytest.mark.parametrize("flag", ["--resume", "--initial-checkpoint", "--pretrained --pretrained-path", "--class-map"])
+WRITERS = ["torch", "torch legacy", "pickle"]
+READERS = ["--resume", "--initial-checkpoint", "--pretrained --pretrained-path", "--class-map"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("flag", READERS)
 def test_a_pickle_that_would_run_something_is_refused(
         images: Path,
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
         flag: str,
-        protocol: str,
+        writer: str,
 ) -> None:
     path, marker = tmp_path / "file.pkl", tmp_path / "marker"
     content = {"state_dict": {"weight": torch.zeros(3)}, "epoch": 0, "extra": Harmful(marker)}
-    if protocol == "pickle":
+    if writer == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:
-        torch.save(content, path, _use_new_zipfile_serialization=protocol == "torch")
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
     _fails(lambda: main(_command(images, tmp_path / "out", f"{flag} {path}")), capsys)
     assert not marker.exists()
     assert not (tmp_path / "out").exists()
@@ -194,7 +198,7 @@ def test_a_checkpoint_cannot_have_other_files_deleted(
     assert "damaged ('saver'" in error
 
 
-YAML_TAGS = [
+YAML_TEXTS = [
     "lr: !!python/object/apply:os.mkdir ['{marker}']",
     "lr: !!python/object/new:os.mkdir ['{marker}']",
     "model_kwargs: !!python/object/apply:subprocess.call [['mkdir', '{marker}']]",
@@ -217,7 +221,7 @@ YAML_TAGS = [
 ]
 
 
-@pytest.mark.parametrize("text", YAML_TAGS, ids=lambda text: text[:30])
+@pytest.mark.parametrize("text", YAML_TEXTS, ids=lambda text: text[:30])
 def test_configurations_that_would_run_or_fill_something_are_refused(
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],

@@ -24,10 +24,6 @@ COMMAND = (
 )
 
 
-def _ended(child: int) -> bool:
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
 @pytest.mark.slow
 def test_a_run_survives_being_killed(tmp_path: Path) -> None:
     images = make_image_folder(tmp_path / "images", train=4, validation=1)
@@ -55,13 +51,13 @@ def test_a_run_survives_being_killed(tmp_path: Path) -> None:
             partial = folder / "tmp.pth.tar.tmp"
             known = partial.stat().st_ino if partial.exists() else None
             if kills % 2:  # while a checkpoint is being written
-                while not _ended(child) and (not partial.exists() or partial.stat().st_ino == known):
+                while not processes.has_ended(child) and (not partial.exists() or partial.stat().st_ino == known):
                     time.sleep(0.0005)
             else:
                 deadline = time.monotonic() + choose.uniform(0, duration)
-                while not _ended(child) and time.monotonic() < deadline:
+                while not processes.has_ended(child) and time.monotonic() < deadline:
                     time.sleep(0.005)
-            if kills == KILLS or _ended(child):
+            if kills == KILLS or processes.has_ended(child):
                 assert processes.wait(child) == 0, (output / "log").read_text()
                 break
             os.kill(child, signal.SIGKILL)

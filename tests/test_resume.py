@@ -46,7 +46,10 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
     return [] if one == other else [path]
 
 
-@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (0, 2), (2, 2)])
+KINDS = [(0, 1), (2, 1), (0, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(("workers", "ranks"), KINDS)
 def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path, workers: int, ranks: int) -> None:
     flags = f"--workers {workers}"
     whole = _run(images, tmp_path / "whole", flags, ranks)
