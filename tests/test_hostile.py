@@ -16,9 +16,9 @@ import torch
 import yaml
 from training_images import make_image_folder
 
-from timm_alfa import robust
 from timm_alfa.checkpoint_file import read_checkpoint
 from timm_alfa.errors import UsageError
+from timm_alfa.robust.command import main as robust
 from timm_alfa.train import main
 from timm_alfa.train.args import build_parser
 from timm_alfa.train.config import load_config
@@ -107,7 +107,7 @@ def test_a_pickle_that_would_run_something_is_refused(
 def test_the_robustness_command_refuses_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, marker = tmp_path / "last.pth.tar", tmp_path / "marker"
     torch.save({"state_dict": {"weight": torch.zeros(3)}, "args": Harmful(marker)}, path)
-    _fails(lambda: robust.main([str(path), "--dataset", "digits"]), capsys)
+    _fails(lambda: robust([str(path), "--dataset", "digits"]), capsys)
     assert not marker.exists()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm import utils
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.task import ClassificationTask
 from torch import nn
 
@@ -79,6 +80,9 @@ def create_seeded_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, 
     model = build_model(args)
     with mistakes_in_one_line("--input-size, --mean, --std: expected one value per channel, or one for all"):
         data_config = resolve_data_config(vars(args), model=model, verbose=utils.is_primary(args))
+    for name in ("mean", "std"):  # as the loader does it, so that the export records what was trained with
+        values = adapt_to_chs(data_config[name], data_config["input_size"][0])
+        data_config[name] = tuple(float(value) for value in values)
     return model, data_config, device
 
 
