@@ -119,8 +119,8 @@ def _validation_split(args: argparse.Namespace) -> str:
 
 def _summary(run: TrainedRun) -> str:
     data = _dataset(run.args)[0]
-    return (f"A plain timm `{_architecture(run)}`, trained on {data} with {_method(run)} by timm-alfa. Whatever the "
-            "method, these are the weights of the bare network, and nothing else is needed to use them.")
+    return (f"A plain timm `{_architecture(run)}`, trained on {data} with {_method(run)} by timm-alfa. These "
+            "are the weights of the bare network: nothing of the training method is left in them.")
 
 
 def _architecture(run: TrainedRun) -> str:
