@@ -153,7 +153,7 @@ def _global_settings() -> Iterator[None]:
     set_fast_norm(False)  # --fast-norm
 
 
-FEW, MANY = 25, 1500
+FEW, MANY = 25, 600
 WITHOUT_CLOCK = settings(
     max_examples=FEW, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=False)
 

@@ -22,10 +22,11 @@ _AT_LEAST: dict[str, float] = {
     "log_interval": 1, "val_interval": 1, "recovery_interval": 0, "checkpoint_hist": 1, "mixup_off_epoch": 0,
     "tta": 0, "lr": 0, "lr_base": 0, "lr_base_size": 1, "warmup_lr": 0, "min_lr": 0, "weight_decay": 0, "mixup": 0,
     "cutmix": 0, "epoch_repeats": 0, "aug_repeats": 0, "recount": 1, "train_batches_per_epoch": 1,
-    "clip_grad": 0, "lr_cycle_decay": 0, "lr_cycle_limit": 1, "train_num_samples": 1, "val_num_samples": 1, "seed": 0,
+    "clip_grad": 0, "lr_cycle_decay": 0, "lr_cycle_limit": 1, "bn_eps": 0, "opt_eps": 0,
+    "train_num_samples": 1, "val_num_samples": 1, "seed": 0,
     "split_seed": 0, "crop_padding": 0, "warmup_updates": 0,
 }  # fmt: skip
-_ABOVE_ZERO = ("lr_cycle_mul", "lr_k_decay", "decay_rate", "decay_epochs", "bn_eps", "crop_pct", "opt_eps")
+_ABOVE_ZERO = ("lr_cycle_mul", "lr_k_decay", "decay_rate", "decay_epochs", "crop_pct")
 _PROBABILITIES = (
     "hflip", "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "reprob", "mixup_prob",
     "mixup_switch_prob", "smoothing", "drop", "drop_path", "drop_block", "model_ema_decay",
