@@ -29,6 +29,18 @@ def test_l2_step_by_hand_is_per_sample_over_all_tensors() -> None:
     torch.testing.assert_close(two, torch.tensor([[[4.0]], [[5.0]]]))
 
 
+def test_a_sample_may_have_several_rows_in_one_of_the_tensors() -> None:
+    outer, inner = torch.tensor([[3.0], [0.0]]), torch.tensor([[0.0], [4.0], [5.0], [12.0]])  # two rows per sample
+    one, two = attack.ascend(None, [outer, inner], alpha=1.0, norm="l2")
+    torch.testing.assert_close(one, torch.tensor([[3 / 5], [0.0]]))
+    torch.testing.assert_close(two, torch.tensor([[0.0], [4 / 5], [5 / 13], [12 / 13]]))
+    assert attack.l2_norms([outer, inner]).tolist() == [5.0, 13.0]
+    assert attack.linf_norms([outer, inner]).tolist() == [4.0, 12.0]
+    one, two = attack.project([outer, inner], 6.5, "l2")
+    torch.testing.assert_close(one, outer)
+    torch.testing.assert_close(two, torch.tensor([[0.0], [4.0], [2.5], [6.0]]))
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1.0, 1e25, 1e37])
 def test_l2_direction_has_length_one_at_any_scale(scale: float) -> None:
     gradient = torch.tensor([[3.0, -4.0], [0.6, 0.8]]) * scale * 0.5

@@ -1,8 +1,8 @@
 """Signed-gradient ascent and projections: pure tensor functions for features and pixels alike (Eq. 2 and 4).
 
 A perturbation is a sequence of tensors, [B, ...] each, because a block may return several; its l2 norm is taken per
-sample over all of them. Step sizes and radii are numbers, or tensors that broadcast against [B, ...] (AdvProp's
-per-channel scales).
+sample over all of them. Some may have several rows per sample, [B * N, ...], such as TNT's inner tokens. Step sizes and
+radii are numbers, or tensors that broadcast against [B, ...] (AdvProp's per-channel scales).
 """
 
 from __future__ import annotations
@@ -132,15 +132,22 @@ def linf_norms(delta: Sequence[Tensor]) -> Tensor:
 def _l2(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return torch.linalg.vector_norm(parts[0].flatten(1), dim=1)
-    return torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in parts]).norm(dim=0)
+    return torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in _samples(parts)]).norm(dim=0)
 
 
 def _per_sample(parts: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.stack([reduce(part.flatten(1)) for part in parts]).amax(dim=0)
+    return torch.stack([reduce(rows) for rows in _samples(parts)]).amax(dim=0)
+
+
+def _samples(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Each part as [B, everything of a sample]."""
+    size = min(len(part) for part in parts)
+    return [part.reshape(size, -1) for part in parts]
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+    rows = values.to(like.dtype).repeat_interleave(len(like) // len(values))
+    return rows.view(-1, *[1] * (like.dim() - 1))
 
 
 def _divide(part: Tensor, divisors: Tensor) -> Tensor:
