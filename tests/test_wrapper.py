@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import Repeated, Small, batch
 from untouched import picture
 
-from timm_alfa import AlfaLoss, AlfaOutput, AlfaWrapper, BlockError, wrapper
+from timm_alfa import AlfaLoss, AlfaOutput, AlfaWrapper, BlockError, float16
 
 
 def _small(**options: Any) -> tuple[Small, AlfaWrapper, Tensor, Tensor]:
@@ -275,5 +275,5 @@ def _share_of_zero_signs(dtype: torch.dtype | None) -> float:
 def test_float16_gradients_of_the_attack_do_not_underflow(monkeypatch: pytest.MonkeyPatch) -> None:
     full = _share_of_zero_signs(None)
     assert _share_of_zero_signs(torch.float16) < full + 0.01
-    monkeypatch.setattr(wrapper, "FLOAT16_SCALE", 1.0)
+    monkeypatch.setattr(float16, "SCALES", (1.0,))
     assert _share_of_zero_signs(torch.float16) > full + 0.1

@@ -158,7 +158,7 @@ class Replay:
         self._habits: dict[tuple[str, int], _Habit] = {}
         self._unwatched = set(self.blocks)  # blocks whose replay has not been observed yet
         if any(module._compiled_call_impl is not None for module in model.modules()):
-            _allow_second_walks()
+            allow_second_walks()
 
     def record(
             self,
@@ -237,7 +237,7 @@ class Replay:
         Args:
             options: Of ``torch.compile``.
         """
-        _allow_second_walks()
+        allow_second_walks()
         for region in self._candidates:
             if not any(_contains(other.module, region.module) for other in self._candidates if other is not region):
                 region.module.compile(**options)
@@ -528,7 +528,7 @@ def _last_of_sequence(model: nn.Module, block: nn.Module) -> nn.Module:
     return block
 
 
-def _allow_second_walks() -> None:
+def allow_second_walks() -> None:
     """Compiled code must not give its buffers away in its first backward: the clean graph may be walked twice.
 
     Read when a backward is compiled, which is later and elsewhere; so it is set for good. The compiler's cache on disk

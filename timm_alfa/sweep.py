@@ -23,8 +23,11 @@ from torch.utils._pytree import tree_map_only
 
 from .attack import is_finite, working_dtype
 from .eta import l1_norm
+from .float16 import is_float16
 from .replay import Cut, Recording
-from .wrapper import FLOAT16_SCALE, AlfaWrapper, reaching
+from .wrapper import AlfaWrapper, reaching
+
+FIRST_FLOAT16_SCALE = 2.0**8  # until a backward has told how the training loop scales its loss: rather too small
 
 Observer: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
@@ -133,7 +136,7 @@ class Sweep:
         swept.adversarial[block] = loss.detach()
         swept.loss = swept.loss + weight * swept.adversarial[block]
         swept.finite[f"feature of {block}"] = is_finite(feature.tensors)
-        if found and not alfa.is_float16(recording.output):  # scaled gradients overflow now and then
+        if found and not is_float16(recording.output):  # scaled gradients overflow now and then
             swept.finite[f"perturbation of {block}"] = torch.stack(found).all()
         swept.finite[f"adversarial loss of {block}"] = loss.detach().isfinite()
         at_feature = gradients.walk_adversarial(loss, perturbed, cut, weight)
@@ -144,9 +147,9 @@ class Sweep:
 
     def _scale_for(self, output: Any) -> Tensor | float:
         """float16 gradients underflow unless the loss is scaled as the training loop scales it."""
-        if not self.alfa.is_float16(output):
+        if not is_float16(output):
             return 1.0
-        return FLOAT16_SCALE if self._loss_scale is None else self._loss_scale
+        return FIRST_FLOAT16_SCALE if self._loss_scale is None else self._loss_scale
 
     def note_loss_scale(self, scale: Tensor) -> None:
         """Remember the factor that the training loop put on the loss."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from . import attack
 from .attack import INITS, NORMS, Init, Norm
@@ -22,15 +21,13 @@ from .blocks import blank_input, resolve_blocks
 from .errors import BlockError
 from .eta import ETA_SETS, Eta, EtaSet
 from .eta_step import EtaStepper
+from .float16 import attack_gradients
 from .randomness import RandomState
 from .replay import Recording, Replay, random_devices
 from .trace import evaluating
 
 Gradient = Literal["full", "tail"]
 GRADIENTS: tuple[Gradient, ...] = ("full", "tail")
-
-# float16 gradients of a mean loss underflow; a positive factor leaves their direction alone. GradScaler starts with it.
-FLOAT16_SCALE = 2.0**16
 
 
 @dataclass
@@ -340,11 +337,6 @@ class AlfaWrapper(nn.Module):
         """
         return self._active_replay().replay(recording, name, value)
 
-    @staticmethod
-    def is_float16(output: Any) -> bool:
-        """Whether losses on ``output``, whatever the model returned, need scaling lest their gradients underflow."""
-        return any(leaf.dtype == torch.float16 for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model's parts between and after the blocks; arguments are those of ``torch.compile``."""
         self._active_replay().compile(*args, **kwargs)
@@ -368,10 +360,7 @@ class AlfaWrapper(nn.Module):
             retain_graph: bool = False,
     ) -> tuple[Tensor | None, ...]:
         loss = self.criterion(output, target)
-        if self.is_float16(output):
-            loss = loss.float() * FLOAT16_SCALE
-        with torch.autocast(loss.device.type, enabled=False):
-            return torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
+        return attack_gradients(loss, inputs, output, retain_graph=retain_graph)
 
 
 def _add(features: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:

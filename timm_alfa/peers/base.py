@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Statistics
 from ..randomness import RandomState
-from ..replay import random_devices
+from ..replay import allow_second_walks, random_devices
 
 
 class PeerTask(ClassificationTask):
@@ -80,7 +80,7 @@ class PeerTask(ClassificationTask):
             mode: str | None = None,
             **compile_kwargs: Any,
     ) -> nn.Module:
-        """Compile the model, as timm's classification task does.
+        """Compile the model, as timm's classification task does, such that an attack may walk its graph twice.
 
         Args:
             backend: As for ``torch.compile``.
@@ -90,6 +90,7 @@ class PeerTask(ClassificationTask):
         Returns:
             The compiled model.
         """
+        allow_second_walks()
         compiled = super().compile(backend=backend, mode=mode, **compile_kwargs)
         self.__dict__["step"].module = compiled
         return compiled

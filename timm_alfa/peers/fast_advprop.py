@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 
 from ..flags import Flag, above_zero, at_least_zero, number
-from ..wrapper import FLOAT16_SCALE, AlfaWrapper
+from ..float16 import attack_gradients
 from .advprop import AuxTask
 from .pixels import PixelAttack
 
@@ -68,16 +67,6 @@ class FastAdvPropTask(AuxTask):
         )
         self.share = share
 
-    def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
-            self,
-            backend: str = "inductor",
-            mode: str | None = None,
-            **compile_kwargs: Any,
-    ) -> nn.Module:
-        """Compile the model, such that the attack's graph can be walked twice."""
-        torch._functorch.config.donated_buffer = False  # read when a backward is compiled, so it is set for good
-        return super().compile(backend=backend, mode=mode, **compile_kwargs)
-
     def compute(self, model: nn.Module, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """A clean pass of the first images, the attack's pass and an adversarial pass of the last.
 
@@ -96,10 +85,8 @@ class FastAdvPropTask(AuxTask):
         with self.adversarial():
             started = model(leaf)
             start = self.criterion(started, labels)
-            factor = FLOAT16_SCALE if AlfaWrapper.is_float16(started) else 1.0
-            with torch.autocast(images.device.type, enabled=False):
-                (gradient,) = torch.autograd.grad(start.float() * factor if factor > 1 else start, leaf,
-                                                  retain_graph=True)
+            (gradient,) = attack_gradients(start, [leaf], started, retain_graph=True)
+            assert gradient is not None  # every output depends on its image
             perturbed = (images + self.attack.step(images, delta, gradient)).to(images.dtype)
             end = self.criterion(model(perturbed), labels)
         share = attacked / len(input)

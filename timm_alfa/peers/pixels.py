@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .. import attack
 from ..attack import Init
 from ..flags import above_zero, at_least_zero
+from ..float16 import attack_gradients
 from ..randomness import RandomState
-from ..wrapper import FLOAT16_SCALE, AlfaWrapper
 
 AttackMode = Literal["train", "eval"]
 ATTACK_MODES: tuple[AttackMode, ...] = ("train", "eval")
@@ -96,10 +96,9 @@ class PixelAttack:
             if self.targeted and not drawn:
                 drawn.append(other_classes(target, output.shape[-1], generator))
             loss = -criterion(output, drawn[0]) if self.targeted else criterion(output, target)
-            if AlfaWrapper.is_float16(output):
-                loss = loss.float() * FLOAT16_SCALE
-            with torch.autocast(images.device.type, enabled=False):
-                return list(torch.autograd.grad(loss, [leaf]))
+            (gradient,) = attack_gradients(loss, [leaf], output)
+            assert gradient is not None  # every output depends on its image
+            return [gradient]
 
         with weights_frozen(model):
             delta = self._perturb(images, self.start(images, generator), gradient_at, self.steps)
