@@ -120,6 +120,8 @@ def place_model(
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.distributed and args.sync_bn:
+        if device.type == "cpu":
+            raise UsageError("--sync-bn: synchronized batch norm needs accelerators; on the CPU use --dist-bn reduce")
         args.dist_bn = ""  # synchronized statistics are the same everywhere
         model = convert_sync_batchnorm(model)
         _logger.info("Batch norms are synchronized over all processes.")
