@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from timm_alfa.errors import UsageError
 from timm_alfa.recipes import find_recipe, recipe_names
@@ -120,3 +123,29 @@ def test_a_base_that_cannot_be(text: str, message: str, tmp_path: Path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
         parse(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(("dataset", "name", "label"), [
+    ("cifar10", "cifar-10-batches-py", "labels"), ("cifar100", "cifar-100-python", "fine_labels"),
+])
+def test_torchvisions_datasets_train_too(
+        dataset: str,
+        name: str,
+        label: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+):
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+    folder = tmp_path / name
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for file, _ in [*kind.train_list, *kind.test_list]:
+        pixels = random.integers(0, 256, (20, 3072), dtype=np.uint8)
+        (folder / file).write_bytes(pickle.dumps({"data": pixels, label: [index % 10 for index in range(20)]}))
+    names = [str(index) for index in range(100 if kind is CIFAR100 else 10)]
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # these are not the real files
+    main(["--config", f"{dataset}-resnet20s", "--dataset", f"torch/{dataset}", "--data-dir", str(tmp_path), "-b", "8",
+          "--val-fraction", "0.5",
+          "--epochs", "1", "--workers", "0", "--output", str(tmp_path / "out"), "--experiment", "run"])  # fmt: skip
+    assert json.loads((tmp_path / "out" / "run" / "test.json").read_text())["split"] == "test"
