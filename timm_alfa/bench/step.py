@@ -54,14 +54,14 @@ def main(argv: Sequence[str]) -> None:
     variants = methods.select(args, model)
     images, target = _batch(args)
     device = torch.device(args.device)
-    if args.compile:  # every method compiles parts of a model of its own, whose code they share
-        torch._dynamo.config.recompile_limit = 64
     try:
-        if args.measure_memory_of is not None:
-            variant = next(variant for variant in variants if variant.name == args.measure_memory_of)
-            print(peak_memory(_step(args, variant, model, images, target, args.compile), device))
-            return
-        rows, left_out = measure(args, variants, model, images, target)
+        # every method compiles parts of a model of its own, whose code they share
+        with torch._dynamo.config.patch(recompile_limit=64):
+            if args.measure_memory_of is not None:
+                variant = next(variant for variant in variants if variant.name == args.measure_memory_of)
+                print(peak_memory(_step(args, variant, model, images, target, args.compile), device))
+                return
+            rows, left_out = measure(args, variants, model, images, target)
     except BlockError as error:
         raise UsageError(f"--blocks {' '.join(args.blocks)}: {error}") from None
     if not args.no_memory:
