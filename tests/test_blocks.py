@@ -49,12 +49,29 @@ def test_keywords(resnet: nn.Module, vit: nn.Module) -> None:
     assert list(resolve_blocks(resnet, ["@last", "layer3"])) == ["layer4", "layer3"]
 
 
-def test_keywords_without_feature_info_take_the_longest_outermost_list() -> None:
+def _two_lists() -> nn.Module:
     model = nn.Module()
-    model.short = nn.Sequential(nn.ReLU(), nn.ReLU())
-    model.long = nn.ModuleList([nn.ReLU(), nn.ModuleList([nn.ReLU(), nn.Tanh()]), nn.ReLU()])
-    assert list(resolve_blocks(model, "@stages")) == ["long.0", "long.1.1", "long.2"]
-    assert list(resolve_blocks(model, "@last")) == ["long.2"]
+    model.small = nn.ModuleList([nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()])
+    model.large = nn.ModuleList([nn.Linear(2, 2), nn.ModuleList([nn.ReLU(), nn.Tanh()]), nn.ReLU()])
+    return model
+
+
+def test_keywords_without_feature_info_take_the_outermost_list() -> None:
+    model = nn.Module()
+    model.inner = _two_lists().large
+    assert list(resolve_blocks(model, "@stages")) == ["inner.0", "inner.1.1", "inner.2"]
+    assert list(resolve_blocks(model, "@last")) == ["inner.2"]
+
+
+def test_keywords_do_not_guess_between_lists() -> None:
+    with pytest.raises(BlockError, match="'@last' needs a model with feature_info or one list of blocks"):
+        resolve_blocks(_two_lists(), "@last")
+
+
+def test_keywords_with_feature_info_that_leads_nowhere_take_the_list_with_most_parameters() -> None:
+    model = _two_lists()
+    model.feature_info = [{"module": "block.0"}, {"module": "block.1"}]  # timm's Twins and MViTv2
+    assert list(resolve_blocks(model, "@stages")) == ["large.0", "large.1.1", "large.2"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +99,7 @@ def test_a_list_without_a_forward_is_refused() -> None:
 
 
 def test_keywords_need_something_to_go_by() -> None:
-    with pytest.raises(BlockError, match="'@last' needs a model with feature_info or a list of blocks"):
+    with pytest.raises(BlockError, match="'@last' needs a model with feature_info or one list of blocks"):
         resolve_blocks(nn.Sequential(nn.Linear(2, 2)), "@last")
 
 

@@ -165,14 +165,15 @@ def _keyword(model: nn.Module, keyword: str) -> list[str]:
         return paper_set(model, keyword)
     stages = _stage_names(model)
     if not stages:
-        raise BlockError(f"{keyword!r} needs a model with feature_info or a list of blocks; name its blocks instead")
+        raise BlockError(f"{keyword!r} needs a model with feature_info or one list of blocks; name its blocks instead")
     return stages[-1:] if keyword == "@last" else stages
 
 
 def _stage_names(model: nn.Module) -> list[str]:
-    """The modules of ``feature_info``; for a model without, the blocks of its longest list of modules."""
-    names = [name for name in (_callable_name(model, name) for name in _feature_modules(model)) if name]
-    return list(dict.fromkeys(names)) or _longest_list(model)
+    """The modules of ``feature_info``; where it has none, or none that exist, the blocks of the model's main list."""
+    modules = list(_feature_modules(model))
+    names = [name for name in (_callable_name(model, name) for name in modules) if name]
+    return list(dict.fromkeys(names)) or _blocks_of_main_list(model, guess=bool(modules))
 
 
 def _feature_modules(model: nn.Module) -> Iterator[str]:
@@ -193,16 +194,21 @@ def _callable_name(model: nn.Module, name: str) -> str | None:
     return name if module is not None else None
 
 
-def _longest_list(model: nn.Module) -> list[str]:
-    """Names of the modules in the outermost list of modules; of several such lists, the longest."""
+def _blocks_of_main_list(model: nn.Module, guess: bool) -> list[str]:
+    """Names of the modules in the outermost list of modules.
+
+    Args:
+        model: Any module.
+        guess: Of several such lists take the one with the most parameters; otherwise nobody knows which one is meant.
+    """
     lists = [
-        (name.count("."), -len(module), name)
+        name
         for name, module in model.named_modules()
         if name and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
     ]
-    if not lists:
+    outermost = [name for name in lists if name.count(".") == min(other.count(".") for other in lists)]
+    if not outermost or (len(outermost) > 1 and not guess):
         return []
-    _, _, name = min(lists)
-    holder = model.get_submodule(name)
-    names = [_callable_name(model, f"{name}.{child}") for child, _ in holder.named_children()]
+    main = max(outermost, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
+    names = [_callable_name(model, f"{main}.{child}") for child, _ in model.get_submodule(main).named_children()]
     return [child for child in names if child]
