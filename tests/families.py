@@ -131,7 +131,7 @@ def check(family: Family) -> Outcome:
     expected, errors = step_errors(model.double().train(), images.double(), target, blocks)
     return Outcome(
         family, blocks, [shares[block] for block in blocks], exact, errors,
-        min(abs(float(loss - expected.clean)) for loss in expected.adversarial.values()),
+        min(float((loss - expected.clean).detach().abs()) for loss in expected.adversarial.values()),
         time.process_time() - start,
     )
 
