@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def relative(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """||found - expected|| / ||expected||, the latter at least ``floor``."""
     found, expected = found.detach(), expected.detach()
-    return float((found - expected).norm()) / max(float(expected.norm()), floor, 1e-300)
+    return float((found - expected).detach().norm()) / max(float(expected.detach().norm()), floor, 1e-300)
 
 
 def gradient_errors(model: nn.Module, expected: Mapping[str, Tensor]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import test_fuzz
 import test_hostile
 import test_kill
 import test_resume
+from families import load
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- checked: begin (tests/test_checked.py holds this table to what the tests try) -->\n"
@@ -22,6 +23,8 @@ def table() -> str:
     wrong = sum(len(values) for values in test_hostile.WRONG.values())
     ranks = " and ".join(map(str, test_distributed.WORLD_SIZES))
     rows = [
+        ("timm's model families: blocks resolve without help, replays are exact, gradients are those of plain hooks",
+         f"{len(load())} families ([table](results/families.md))"),
         ("Several processes give the averaged gradients of a reference that runs full forwards, with and without batch "
          "norm and accumulation, for L-ALFA and sampled blocks",
          f"{len(test_distributed.CASES)} combinations on {ranks} ranks"),
