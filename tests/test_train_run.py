@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import shlex
 import sys
 from argparse import Namespace
@@ -104,9 +105,13 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(images: Path, tmp_path: Pa
     assert "Nothing left to do" in caplog.text
     assert _contents(parts) == before
 
-    (parts / "run" / "model.safetensors").unlink()  # as if killed between the last checkpoint and the export
-    main(_arguments(images, parts, f"{flags} --resume auto"))
-    assert (parts / "run" / "model.safetensors").exists()
+    # as if killed while the export was being written, over that of an earlier session or for the first time
+    for undo in (lambda file: os.utime(file, (0, 0)), Path.unlink):
+        undo(parts / "run" / "config.json")
+        (parts / "run" / "config.json.tmp").touch()
+        (parts / "run" / "model.safetensors").write_bytes(b"")
+        main(_arguments(images, parts, f"{flags} --resume auto"))
+        assert _contents(parts) == before
 
 
 def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(images: Path, tmp_path: Path):

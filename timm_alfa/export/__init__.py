@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .weights import WEIGHTS_FILE, export_checkpoint, export_model
+from .weights import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint, export_model
 
-__all__ = ["WEIGHTS_FILE", "export_checkpoint", "export_model"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "export_checkpoint", "export_model"]

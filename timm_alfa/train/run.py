@@ -22,7 +22,7 @@ from timm.utils.distributed import world_info_from_env
 from ..dryrun import dry_run
 from ..environment import describe_run
 from ..errors import DataError, NonFiniteError, UsageError
-from ..export import WEIGHTS_FILE, export_checkpoint
+from ..export import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint
 from ..report.plot import draw
 from .args import parse_args
 from .assemble import Plan, assemble, check_inputs, list_blocks
@@ -121,8 +121,8 @@ def train(args: argparse.Namespace, *, command: str) -> None:
     else:
         _logger.info(f"Nothing left to do: epoch {plan.start_epoch} of {plan.stop_epoch} is reached already.")
         folder = Path(plan.resume_path).parent
-        if plan.resume_path and utils.is_primary(args) and not (folder / WEIGHTS_FILE).exists():
-            _export(plan, folder)  # the run was killed between its last checkpoint and the export
+        if plan.resume_path and utils.is_primary(args) and not _is_exported(folder):
+            _export(plan, folder)  # the run was killed between its last checkpoint and the end of the export
         if plan.resume_path and plan.test_loader is not None and not (folder / TEST_FILE).exists():
             _test(plan, folder)
         if plan.resume_path and utils.is_primary(args) and not (folder / ROBUST_FILE).exists():
@@ -274,6 +274,12 @@ def _print_results(plan: Plan, results: list[dict[str, Any]], tested: dict[str, 
         chosen = next((result for result in ranked if result["epoch"] == tested["epoch"]), {"epoch": tested["epoch"]})
         ranked = [result for result in ranked if result is not chosen] + [chosen | {"test": tested}]
     print(f"--result\n{json.dumps(ranked, indent=4)}", flush=True)
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether the export of the best checkpoint is complete: its last file is there, and not of an earlier session."""
+    source, exported = best_checkpoint(folder), folder / CONFIG_FILE
+    return source is None or (exported.exists() and exported.stat().st_mtime >= source.stat().st_mtime)
 
 
 def _export(plan: Plan, folder: Path) -> None:
