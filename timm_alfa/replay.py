@@ -17,26 +17,21 @@ never see it, and regions that were compiled one by one keep their compiled call
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
-import torch.compiler.config
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from .checkpointing import inside_checkpoint, last_of_sequence, without_checkpointing
+from .compiler import allow_second_walks
 from .errors import BlockError
 from .randomness import RandomState
 
-_CACHE_TAG = "+buffers-kept"
 _SLOT = "_compiled_call_impl"  # read by nn.Module.__call__ before anything else, left out of copies and pickles
 
 
@@ -151,7 +146,7 @@ class Replay:
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]):
         self.model = model
-        self.blocks = {name: _last_of_sequence(model, block) for name, block in blocks.items()}
+        self.blocks = {name: last_of_sequence(model, block) for name, block in blocks.items()}
         self._candidates = list(_candidates(model, self.blocks))
         self._known: list[_Region] | None = None  # the regions, once a clean pass has shown them
         self._optional: set[_Region] = set()  # regions that some passes do without (layers dropped at random)
@@ -410,7 +405,7 @@ class _ReplayPass(_Pass):
         index = self.next_call[region]
         if self.reached or self.depth or index == len(self.remembered[region]):
             return self.compute(region, args, kwargs, eager=self.watch)
-        if _inside_checkpoint():
+        if inside_checkpoint():
             raise BlockError(
                 f"block {self.block!r} cannot be replayed inside a checkpointed part of the model, whose recomputation "
                 "would not see the perturbation; turn checkpointing off or choose another block"
@@ -476,7 +471,7 @@ def changed_output(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if _inside_checkpoint():
+        if inside_checkpoint():
             raise BlockError("the block is in a checkpointed part of the model; turn checkpointing off")
         return change(output)
 
@@ -520,52 +515,8 @@ def _candidates(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[_
             yield _Region(chosen.get(id(module), name), module, id(module) in chosen, on_path)
 
 
-def _last_of_sequence(model: nn.Module, block: nn.Module) -> nn.Module:
-    """With gradient checkpointing timm calls the children of a ``Sequential``, not itself: its output is the last's."""
-    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-        while type(block).forward is nn.Sequential.forward and len(block._modules):
-            block = list(block.children())[-1]
-    return block
-
-
-def allow_second_walks() -> None:
-    """Compiled code must not give its buffers away in its first backward: the clean graph may be walked twice.
-
-    Read when a backward is compiled, which is later and elsewhere; so it is set for good. The compiler's cache on disk
-    does not tell such code from code that does give its buffers away, and would return gradients computed from
-    overwritten ones: hence a tag of our own in its keys.
-    """
-    torch._functorch.config.donated_buffer = False
-    tag = getattr(torch.compiler.config, "cache_key_tag", None)
-    if tag is None:  # torch before 2.7
-        torch._inductor.config.force_disable_caches = True
-    elif _CACHE_TAG not in tag:
-        torch.compiler.config.cache_key_tag = tag + _CACHE_TAG
-
-
 def _contains(module: nn.Module, other: nn.Module) -> bool:
     return any(child is other for child in module.modules())
-
-
-@contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Replays keep what their tails compute: a recomputation in backward would not see the perturbation."""
-    enabled = [module for module in model.modules() if module.__dict__.get("grad_checkpointing")]
-    try:
-        for module in enabled:
-            module.__dict__["grad_checkpointing"] = False
-        yield
-    finally:
-        for module in enabled:
-            module.__dict__["grad_checkpointing"] = True
-
-
-def _inside_checkpoint() -> bool:
-    """Whether the code that runs now was called by ``torch.utils.checkpoint``; torch itself does not tell."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _is_floating(leaf: Any) -> bool:

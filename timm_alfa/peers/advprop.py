@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..attack import INITS
 from ..aux_batchnorm import AuxBatchNorms
+from ..checkpointing import without_checkpointing
 from ..errors import UsageError
 from ..flags import Flag, above_zero, at_least_zero, number
 from ..loss import REDUCTIONS, AlfaLoss, Reduction
-from ..replay import without_checkpointing
 from ..trace import evaluating
 from .base import PeerTask, from_same_start
 from .pixels import ATTACK_MODES, AttackMode, PixelAttack

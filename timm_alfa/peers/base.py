@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Statistics
+from ..compiler import allow_second_walks
 from ..randomness import RandomState
-from ..replay import allow_second_walks, random_devices
+from ..replay import random_devices
 
 
 class PeerTask(ClassificationTask):
