@@ -165,7 +165,7 @@ def test_flags_are_spelled_as_they_are_read(line: str):
     assert parser.parse_args(spell_flags(parser, args)) == args
 
 
-@pytest.mark.skipif(bool(missing_packages()), reason="the export extra is not installed; the test extra has it")
+@pytest.mark.skipif(bool(missing_packages()), reason="needs torch 2.7, and the export extra, which the test extra has")
 def test_onnx_gives_what_the_model_gives(digits_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     onnxruntime = pytest.importorskip("onnxruntime")
     (tmp_path / "model.onnx.data").write_text("of an earlier export")
@@ -193,11 +193,12 @@ def test_without_the_packages_for_onnx_the_rest_is_written(
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
 ):
-    monkeypatch.setattr("timm_alfa.export.command.missing_packages", lambda: ["onnxscript"])
+    monkeypatch.setattr("timm_alfa.export.command.missing_packages", lambda: ["onnxscript", "torch>=2.7"])
     (tmp_path / "model.onnx").write_text("of other weights")
     export_run(digits_run, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
-    assert "model.onnx is left out, it needs onnxscript: pip install 'timm-alfa[export]'" in caplog.messages
+    (left_out,) = (message for message in caplog.messages if "left out" in message)
+    assert left_out.endswith("it needs onnxscript and torch>=2.7: pip install onnxscript 'torch>=2.7'")
 
 
 def test_a_model_that_torch_cannot_export_leaves_the_rest(

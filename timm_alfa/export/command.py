@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def export_run(
 def _write_onnx(run: TrainedRun, output: Path) -> list[Path]:
     missing = missing_packages()
     if missing:
-        _logger.warning(f"{ONNX_FILE} is left out, it needs {' and '.join(missing)}: pip install 'timm-alfa[export]'")
+        _logger.warning(f"{ONNX_FILE} is left out, it needs {' and '.join(missing)}: pip install {shlex.join(missing)}")
         return []
     size = run.data_config["input_size"]
     path = export_onnx(run.model, size, output)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from ..atomic import replace_file
 
@@ -21,8 +22,11 @@ SINGLE_FILE_LIMIT = 2**31 - 2**24  # bytes of weights; a protocol buffer holds l
 
 
 def missing_packages() -> list[str]:
-    """Names of the packages that `export_onnx` needs and that are not installed."""
-    return [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    """What `export_onnx` needs and does not find: names of packages, or a newer torch."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if TorchVersion(torch.__version__) < "2.7":
+        missing.append("torch>=2.7")  # exporters before it fail at batch norm
+    return missing
 
 
 def export_onnx(model: nn.Module, input_size: Sequence[int], folder: Path) -> Path:
