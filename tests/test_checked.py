@@ -9,6 +9,7 @@ import test_finite
 import test_fuzz
 import test_hostile
 import test_kill
+import test_modes
 import test_resume
 from families import load
 
@@ -25,6 +26,9 @@ def table() -> str:
     rows = [
         ("timm's model families: blocks resolve without help, replays are exact, gradients are those of plain hooks",
          f"{len(load())} families ([table](results/families.md))"),
+        ("Every way of training ends with the weights, and their average, of an eager float32 loop with plain hooks: "
+         "clipping, accumulation, mixed and soft labels, dropout, checkpointing, memory formats, half precision",
+         f"{len(test_modes.MODES)} modes"),
         ("Several processes give the averaged gradients of a reference that runs full forwards, with and without batch "
          "norm and accumulation, for L-ALFA and sampled blocks",
          f"{len(test_distributed.CASES)} combinations on {ranks} ranks"),

@@ -130,7 +130,7 @@ def compare(
         flags: str,
         architecture: str = VIT,
         tolerance: float = EXACT,
-        precision: Precision | None = None,
+        precision: Callable[[], Precision] = lambda: Precision(None, nullcontext, None),
         prepare: Callable[[nn.Module], Any] = lambda model: None,
         **options: Any,
 ) -> None:
@@ -139,7 +139,7 @@ def compare(
     start, plain, model = (small(architecture, **options) for _ in range(3))
     average = train_plainly(plain, args, data, blocks)
     prepare(model)
-    task = train_with_the_task(model, args, data, blocks, precision or Precision(None, nullcontext, None))
+    task = train_with_the_task(model, args, data, blocks, precision())
 
     def way(end: nn.Module) -> Tensor:
         pairs = zip(start.parameters(), end.parameters(), strict=True)
@@ -150,55 +150,57 @@ def compare(
     assert relative(way(task.get_trainable_module(ema=True).module), way(average.module)) < tolerance
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "",
-        "--grad-accum-steps 2",
-        "--clip-grad 0.5 --clip-mode norm",
-        "--clip-grad 0.01 --clip-mode value --grad-accum-steps 3",
-        "--clip-grad 0.02 --clip-mode agc",
-        "--smoothing 0",
-        "--mixup 0.8",
-        "--cutmix 1.0 --mixup 0.2",
-        "--bce-loss",
-        "--bce-loss --cutmix 1.0 --bce-target-thresh 0.2",
-    ],
-)
-def test_flags(flags: str) -> None:
-    compare(flags)
+def checkpoint_gradients(model: nn.Module) -> None:
+    model.set_grad_checkpointing(True)
 
 
-def test_dropout_and_stochastic_depth() -> None:
-    compare("--grad-accum-steps 2", drop_rate=0.3, drop_path_rate=0.3)
-
-
-def test_channels_last() -> None:
-    compare("--channels-last", RESNET, NORMED)
-
-
-@pytest.mark.parametrize("architecture", [VIT, RESNET])
-def test_gradient_checkpointing(architecture: str) -> None:
-    def prepare(model: nn.Module) -> None:
-        model.set_grad_checkpointing(True)
-
-    compare("--clip-grad 0.5", architecture, NORMED, prepare=prepare, drop_path_rate=0.3)
-
-
-def test_synchronised_batch_norm_in_one_process() -> None:
-    compare("", RESNET, NORMED, prepare=convert_sync_batchnorm)
-
-
-def test_float16_with_a_loss_scaler() -> None:
+def float16_with_a_loss_scaler() -> Precision:
     scaler = NativeScaler(device="cpu")
     scaler._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    precision = Precision(None, partial(torch.autocast, "cpu", torch.float16), scaler)
-    compare("--clip-grad 0.5 --grad-accum-steps 2", tolerance=FLOAT16, precision=precision)
+    return Precision(None, partial(torch.autocast, "cpu", torch.float16), scaler)
 
 
-def test_bfloat16() -> None:
-    precision = Precision(None, partial(torch.autocast, "cpu", torch.bfloat16), None)
-    compare("", tolerance=BFLOAT16, precision=precision)
+def bfloat16() -> Precision:
+    return Precision(None, partial(torch.autocast, "cpu", torch.bfloat16), None)
+
+
+FLAGS = (
+    "--grad-accum-steps 2",
+    "--clip-grad 0.5 --clip-mode norm",
+    "--clip-grad 0.01 --clip-mode value --grad-accum-steps 3",
+    "--clip-grad 0.02 --clip-mode agc",
+    "--smoothing 0",
+    "--mixup 0.8",
+    "--cutmix 1.0 --mixup 0.2",
+    "--bce-loss",
+    "--bce-loss --cutmix 1.0 --bce-target-thresh 0.2",
+)
+# name -> arguments of `compare`; all of them with an average of the weights
+MODES: dict[str, dict[str, Any]] = {
+    "no flags": {"flags": ""},
+    **{flags: {"flags": flags} for flags in FLAGS},
+    "dropout and stochastic depth": {"flags": "--grad-accum-steps 2", "drop_rate": 0.3, "drop_path_rate": 0.3},
+    "channels last": {"flags": "--channels-last", "architecture": RESNET, "tolerance": NORMED},
+    **{
+        f"gradient checkpointing, {architecture}": {
+            "flags": "--clip-grad 0.5", "architecture": architecture, "tolerance": NORMED,
+            "prepare": checkpoint_gradients, "drop_path_rate": 0.3,
+        }
+        for architecture in MODELS
+    },
+    "synchronised batch norm in one process": {
+        "flags": "", "architecture": RESNET, "tolerance": NORMED, "prepare": convert_sync_batchnorm,
+    },
+    "float16": {
+        "flags": "--clip-grad 0.5 --grad-accum-steps 2", "tolerance": FLOAT16, "precision": float16_with_a_loss_scaler,
+    },
+    "bfloat16": {"flags": "", "tolerance": BFLOAT16, "precision": bfloat16},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mode(mode: str) -> None:
+    compare(**MODES[mode])
 
 
 def test_synchronised_batch_norm_is_refused_on_the_cpu() -> None:

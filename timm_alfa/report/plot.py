@@ -101,13 +101,12 @@ def _draw_eta(record: RunRecord, path: Path) -> None:
         epochs, values = record.eta_series(index)
         last = index == count - 1
         color = "black" if last else colormaps["viridis"](index / max(count - 1, 1))
-        axes.plot(epochs, values, color=color, linewidth=2.2 if last else 1.2, label=block)
-        if last:
-            axes.annotate(f"{block} (last)", (epochs[-1], values[-1]), xytext=(-70, 24), textcoords="offset points",
-                          arrowprops={"arrowstyle": "->"})
+        axes.plot(epochs, values, color=color, linewidth=2.2 if last else 1, label=f"{block} (last)" if last else block)
     axes.axhline(1 / count, color="0.6", linewidth=0.8, linestyle=":", label=f"1/{count}")
     axes.set(xlabel="epoch", ylabel="eta", title=record.title)
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    handles, labels = axes.get_legend_handles_labels()
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize="small", **place)
     figure.savefig(path)
 
 
