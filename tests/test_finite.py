@@ -182,8 +182,7 @@ def test_a_bad_batch_of_an_accumulated_update_stops_that_update() -> None:
 
 def test_overflows_of_scaled_gradients_are_left_to_the_loss_scaler() -> None:
     """float16 losses are scaled, and a gradient that then overflows is an everyday matter."""
-    model = Faulty({0: "gradient"}, float("inf"))
-    task = _alfa(model)
+    task = AlfaTask(Faulty({0: "gradient"}, float("inf")), nn.CrossEntropyLoss(), BLOCKS, verbose=False)
     images, target = batch(8, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.float16):
         step = task(images, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from itertools import combinations
 from typing import Any
 
@@ -402,6 +403,46 @@ def test_blocks_that_are_not_drawn_are_not_touched() -> None:
     assert swept.eta_gradient[0] == 0
     assert swept.eta_gradient[1] != 0
     torch.testing.assert_close(swept.loss.detach(), swept.clean + 2 * swept.adversarial["block"])
+
+
+class Note:
+    """Lives as long as the piece of the graph that holds it."""
+
+
+class Noted(nn.Module):
+    """A layer whose part of the graph holds a note."""
+
+    def __init__(self, notes: weakref.WeakSet[Note]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.notes = notes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        note = Note()
+        self.notes.add(note)
+        x.register_hook(lambda gradient, note=note: gradient)
+        return torch.tanh(x)
+
+
+@pytest.mark.parametrize("drawn", [["0"], ["2"], ["0", "2"], ["0", "1", "2", "3"]])
+def test_the_clean_tail_is_freed_before_the_attack(drawn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: weakref.WeakSet[Note] = weakref.WeakSet()
+    alive: list[int] = []
+    find = AlfaWrapper.find_delta
+
+    def counted(self: AlfaWrapper, *args: Any, **kwargs: Any) -> Any:
+        alive.append(len(notes))
+        return find(self, *args, **kwargs)
+
+    monkeypatch.setattr(AlfaWrapper, "find_delta", counted)
+    model = nn.Sequential(*(Noted(notes) for _ in range(4)), nn.Linear(6, 10))
+    sweep = Sweep(AlfaWrapper(model, nn.CrossEntropyLoss(), ["0", "1", "2", "3"]), nn.CrossEntropyLoss())
+    images, target = torch.randn(5, 6), torch.arange(5)
+    sweep(images, target, 1.0, dict.fromkeys("0123", 1.0))  # finds out what bypasses the blocks
+    alive.clear()
+    sweep(images, target, 1.0, dict.fromkeys(drawn, 1.0))
+    assert alive == [int(block) + 1 for block in reversed(drawn)]  # the layers up to the block itself
 
 
 def test_gradients_become_the_weights_without_a_copy_and_once() -> None:

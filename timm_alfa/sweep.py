@@ -97,6 +97,7 @@ class Sweep:
         gradients.walk_clean(clean, clean_weight)
         del clean
         remaining = [cut.order for cut in recording.cuts if cut.block is not None]
+        recording.forget(after=remaining[-1])
         for cut in reversed(recording.cuts):
             if cut.block is not None:
                 with alfa.adversarial_pass(recording):
@@ -136,7 +137,7 @@ class Sweep:
         swept.adversarial[block] = loss.detach()
         swept.loss = swept.loss + weight * swept.adversarial[block]
         swept.finite[f"feature of {block}"] = is_finite(feature.tensors)
-        if found and not is_float16(recording.output):  # scaled gradients overflow now and then
+        if found and not gradients.float16:  # scaled gradients overflow now and then
             swept.finite[f"perturbation of {block}"] = torch.stack(found).all()
         swept.finite[f"adversarial loss of {block}"] = loss.detach().isfinite()
         at_feature = gradients.walk_adversarial(loss, perturbed, cut, weight)
@@ -162,6 +163,7 @@ class _Gradients:
     def __init__(self, alfa: AlfaWrapper, recording: Recording, scale: Tensor | float):
         self.alfa = alfa
         self.scale = scale
+        self.float16 = is_float16(recording.output)
         self.cuts = recording.cuts
         self.weights = [parameter for parameter in alfa.module.parameters() if parameter.requires_grad]
         self.of_weights: list[Tensor | None] = [None] * len(self.weights)
