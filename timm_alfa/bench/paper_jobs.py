@@ -196,7 +196,8 @@ def _collect(job: Job, output: Path, position: str, at_once: int) -> bool:
 
 
 def _epochs_done(folder: Path) -> int:
-    return len(_summary(folder))
+    rows = _summary(folder)  # with --val-interval not every epoch has one
+    return int(rows[-1]["epoch"]) + 1 if rows else 0
 
 
 def _delta_ratios(folder: Path) -> dict[str, float]:
@@ -207,7 +208,7 @@ def _delta_ratios(folder: Path) -> dict[str, float]:
 
 
 def _summary(folder: Path) -> list[dict[str, str]]:
-    """Rows of `summary.csv`, one per epoch."""
+    """Rows of `summary.csv`, one per epoch that was validated."""
     try:
         with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
