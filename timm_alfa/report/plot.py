@@ -105,8 +105,8 @@ def _draw_eta(record: RunRecord, path: Path) -> None:
     axes.axhline(1 / count, color="0.6", linewidth=0.8, linestyle=":", label=f"1/{count}")
     axes.set(xlabel="epoch", ylabel="eta", title=record.title)
     handles, labels = axes.get_legend_handles_labels()
-    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize="small", **place)
+    axes.legend(
+        handles[::-1], labels[::-1], frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
