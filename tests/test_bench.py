@@ -235,9 +235,10 @@ def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch, capsy
 def test_compiled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # the graphs, not their code
     torch.compiler.reset()
-    step.main([*TINY, "--methods", "advprop", "--steps", "1", "--compile"])
+    step.main([*TINY, "--methods", "alfa", "advprop", "--steps", "1", "--compile"])
     torch.compiler.reset()
     out = capsys.readouterr().out
+    assert "| ALFA PGD-1, layer4 |" in out
     assert "| AdvProp PGD-1 |" in out
     assert "Left out" not in out
 

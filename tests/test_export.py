@@ -201,6 +201,12 @@ def test_without_the_packages_for_onnx_the_rest_is_written(
     assert left_out.endswith("it needs onnxscript and torch>=2.7: pip install onnxscript 'torch>=2.7'")
 
 
+@pytest.mark.parametrize(("version", "old"), [("2.6.0+cpu", True), ("2.7.0", False), ("2.10.1+cu126", False)])
+def test_a_torch_too_old_for_onnx_is_named(version: str, old: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert ("torch>=2.7" in missing_packages()) == old
+
+
 def test_a_model_that_torch_cannot_export_leaves_the_rest(
         digits_run: Path,
         tmp_path: Path,

@@ -112,6 +112,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(images: Path, tmp_path: Pa
         (parts / "run" / "model.safetensors").write_bytes(b"")
         main(_arguments(images, parts, f"{flags} --resume auto"))
         assert _contents(parts) == before
+    (parts / "run" / "model.safetensors").unlink()
+    main(_arguments(images, parts, f"{flags} --resume auto"))
+    assert _contents(parts) == before
 
 
 def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(images: Path, tmp_path: Path):

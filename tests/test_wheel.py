@@ -118,7 +118,7 @@ def test_every_program_and_module_shows_its_help(bin_folder: Path, wheel: Path, 
     assert {"timm-alfa-train", "timm-alfa-plot", "timm-alfa-export"} <= {program.name for program in programs}
     for program in programs:
         assert "usage:" in run(tmp_path, bin_folder / program.name, "--help")
-    for words in ("bench step", "patch", "robust"):  # those without a program
+    for words in ("train", "bench step", "patch", "robust", "export"):
         module, *command = words.split()
         assert "usage:" in run(tmp_path, bin_folder / "python", "-m", f"timm_alfa.{module}", *command, "--help")
     assert not list(tmp_path.iterdir())

@@ -69,7 +69,7 @@ class Sweep:
         self.alfa = alfa
         self.criterion = criterion
         self.gamma = gamma
-        self._loss_scale: Tensor | None = None  # what the last backward multiplied the loss by
+        self._loss_scale: Tensor | float = FIRST_FLOAT16_SCALE  # what the last backward multiplied the loss by
 
     def __call__(
             self,
@@ -91,21 +91,20 @@ class Sweep:
         alfa = self.alfa
         recording = alfa.record(input, cut=weights.keys())
         clean = self.criterion(recording.output, target)
-        gradients = _Gradients(alfa, recording, self._scale_for(recording.output))
+        gradients = _Gradients(alfa, recording, self._loss_scale)
         swept = Swept(clean, _detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(alfa.eta.values), {})
         swept.loss = clean_weight * swept.clean
         gradients.walk_clean(clean, clean_weight)
         del clean
-        remaining = [cut.order for cut in recording.cuts if cut.block is not None]
-        recording.forget(after=remaining[-1])
+        attacks_left = len(weights)
         for cut in reversed(recording.cuts):
             if cut.block is not None:
+                recording.forget(after=cut.order)
                 with alfa.adversarial_pass(recording):
                     self._attack(recording, cut, target, weights[cut.block], gradients, swept, observe)
-                remaining.pop()
-                recording.forget(after=remaining[-1] if remaining else -1)
+                attacks_left -= 1
             if cut is not recording.cuts[0]:
-                gradients.walk_piece(cut, attacks_left=bool(remaining) and alfa.starts_from_clean)
+                gradients.walk_piece(cut, attacks_left=attacks_left > 0 and alfa.starts_from_clean)
         if alfa.eta.learnable and self.gamma:
             l1 = l1_norm(alfa.eta.values)
             swept.eta_gradient += self.gamma * torch.autograd.grad(l1, alfa.eta.values)[0]
@@ -146,12 +145,6 @@ class Sweep:
             slope = torch.stack([(g.to(wide) * d.to(wide)).sum() for g, d in zip(at_feature, delta, strict=True)]).sum()
             swept.eta_gradient[alfa.blocks.index(block)] += weight * slope / gradients.scale
 
-    def _scale_for(self, output: Any) -> Tensor | float:
-        """float16 gradients underflow unless the loss is scaled as the training loop scales it."""
-        if not is_float16(output):
-            return 1.0
-        return FIRST_FLOAT16_SCALE if self._loss_scale is None else self._loss_scale
-
     def note_loss_scale(self, scale: Tensor) -> None:
         """Remember the factor that the training loop put on the loss."""
         self._loss_scale = scale
@@ -160,10 +153,11 @@ class Sweep:
 class _Gradients:
     """Gradients found so far: of the weights, and at the cuts of the clean graph, in multiples of ``scale``."""
 
-    def __init__(self, alfa: AlfaWrapper, recording: Recording, scale: Tensor | float):
+    def __init__(self, alfa: AlfaWrapper, recording: Recording, loss_scale: Tensor | float):
         self.alfa = alfa
-        self.scale = scale
         self.float16 = is_float16(recording.output)
+        # float16 gradients underflow unless the loss is scaled as the training loop scales it
+        self.scale = loss_scale if self.float16 else 1.0
         self.cuts = recording.cuts
         self.weights = [parameter for parameter in alfa.module.parameters() if parameter.requires_grad]
         self.of_weights: list[Tensor | None] = [None] * len(self.weights)

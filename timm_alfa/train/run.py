@@ -277,9 +277,11 @@ def _print_results(plan: Plan, results: list[dict[str, Any]], tested: dict[str, 
 
 
 def _is_exported(folder: Path) -> bool:
-    """Whether the export of the best checkpoint is complete: its last file is there, and not of an earlier session."""
-    source, exported = best_checkpoint(folder), folder / CONFIG_FILE
-    return source is None or (exported.exists() and exported.stat().st_mtime >= source.stat().st_mtime)
+    """Whether the best checkpoint's export is complete: all of its files are there, and not of an earlier session."""
+    source = best_checkpoint(folder)
+    files = [folder / WEIGHTS_FILE, folder / CONFIG_FILE]
+    return source is None or all(
+        file.exists() and file.stat().st_mtime >= source.stat().st_mtime for file in files)
 
 
 def _export(plan: Plan, folder: Path) -> None:
