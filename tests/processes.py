@@ -20,7 +20,13 @@ from timm_alfa.train import main
 def call_ranks(function: Callable[..., object], arguments: tuple[Any, ...], count: int) -> None:
     """Calls `function(rank, *arguments)` in `count` forked processes, and raises if one of them did."""
     with _forking():
-        torch.multiprocessing.start_processes(function, arguments, nprocs=count, start_method="fork")
+        ranks = torch.multiprocessing.start_processes(function, arguments, count, join=False, start_method="fork")
+    try:
+        while not ranks.join():
+            pass
+    finally:  # after a time-out, too, none is left behind
+        for process in ranks.processes:
+            process.kill()
 
 
 def start(

@@ -24,6 +24,7 @@ from toys import batch
 from training_images import make_image_folder
 
 from timm_alfa import AlfaTask
+from timm_alfa.ranks import leave_group
 
 ROOT = Path(__file__).parent.parent
 ALPHA = 0.05
@@ -84,7 +85,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         found.append((gradients, drawn, task.alfa.eta.values.detach(), list(model.buffers())))
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 WORLD_SIZES = [2, 4]

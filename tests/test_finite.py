@@ -18,6 +18,7 @@ from training_images import make_image_folder
 from timm_alfa import AlfaTask, AlfaWrapper
 from timm_alfa.attack import ascend, is_finite
 from timm_alfa.errors import NonFiniteError
+from timm_alfa.ranks import leave_group
 from timm_alfa.train import main
 from timm_alfa.train.args import parse_args
 from timm_alfa.train.device import Precision
@@ -243,7 +244,7 @@ def _rank(rank: int, folder: str, fault: str) -> None:
         train_one_epoch(run, 0)
     except NonFiniteError as error:
         torch.save((str(error), len(steps), _state(model)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize(("fault", "named"), [("loss", "loss"), ("gradient", "perturbation of block")])

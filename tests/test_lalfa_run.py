@@ -18,6 +18,7 @@ from training_images import make_image_folder
 
 from timm_alfa import AlfaTask, project_hyperplane
 from timm_alfa.eta_history import read_history
+from timm_alfa.ranks import leave_group
 from timm_alfa.train import main
 
 LEARN = (
@@ -176,7 +177,7 @@ def _rank(rank: int, folder: str) -> None:
         optimizer.step()
         etas.append(task.alfa.eta.values.detach().clone())
     torch.save((etas, list(model.state_dict().values()), task.epoch_metrics()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_ranks_learn_the_same_strengths(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from timm_alfa.ranks import leave_group
 from timm_alfa.train import random_state
 from timm_alfa.train.random_state import gather_random_states, restore_random_state
 
@@ -78,7 +79,7 @@ def run_rank(rank: int, folder: str) -> None:
         assert draw() == expected
         assert not restore_random_state({"random_states": checkpoint["random_states"][:1]}, rank)
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 def test_every_rank_gets_its_own_state_back(tmp_path):

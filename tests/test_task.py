@@ -22,6 +22,7 @@ from toys import FAMILIES, Dependent, Nested, Shared, Small, UNet, batch, family
 from untouched import picture
 
 from timm_alfa import AlfaTask
+from timm_alfa.ranks import leave_group
 
 ALPHA = 1.0 / 255
 
@@ -239,7 +240,7 @@ def _rank(rank: int, folder: str) -> None:
         else:
             task(images[half] + index, target[half])["loss"].backward()
     torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_ranks_average_their_gradients(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,3 +18,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def leave_group() -> None:
+    """End this process's part in the group, if it has one; after a failure of another process too."""
+    if dist.is_available() and dist.is_initialized():
+        # Up to torch 2.7, the group's destructor holds Python's lock while it joins gloo's threads, and the thread of the
+        # last collective may still wait for that lock to let go of its tensors (pytorch/pytorch#154976): leaving right
+        # after a collective could hang forever.
+        time.sleep(0.1)
+        dist.destroy_process_group()

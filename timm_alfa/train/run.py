@@ -23,6 +23,7 @@ from ..dryrun import dry_run
 from ..environment import describe_run
 from ..errors import DataError, NonFiniteError, UsageError
 from ..export import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint
+from ..ranks import leave_group
 from ..report.plot import draw
 from .args import parse_args
 from .assemble import Plan, assemble, check_inputs, list_blocks
@@ -75,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _fail(f"{error.filename or 'a file of the run'}: {error.strerror}; the checkpoints written are intact", code=1)
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_group()
 
 
 def _fail(message: str, *, code: int) -> NoReturn:
