@@ -23,8 +23,8 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 def leave_group() -> None:
     """End this process's part in the group, if it has one; after a failure of another process too."""
     if dist.is_available() and dist.is_initialized():
-        # Up to torch 2.7, the group's destructor holds Python's lock while it joins gloo's threads, and the thread of the
-        # last collective may still wait for that lock to let go of its tensors (pytorch/pytorch#154976): leaving right
-        # after a collective could hang forever.
+        # Up to torch 2.7, the group's destructor holds Python's lock while it joins gloo's threads, and the thread of
+        # the last collective may still wait for that lock to let go of its tensors (pytorch/pytorch#154976): without
+        # a pause, leaving right after a collective can hang forever.
         time.sleep(0.1)
         dist.destroy_process_group()
