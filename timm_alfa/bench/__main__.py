@@ -4,9 +4,14 @@ import sys
 from . import loader, loop, paper, step
 from .common import run
 
-COMMANDS = {"step": step.main, "loop": loop.main, "loader": loader.main, "paper": paper.main}
+COMMANDS = {"step": step, "loop": loop, "loader": loader, "paper": paper}
+USAGE = f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ..."
 
-if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-    print(f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
+name = sys.argv[1] if len(sys.argv) > 1 else ""
+if name in ("-h", "--help"):
+    print(USAGE, "", *(str(module.__doc__).splitlines()[0].replace("``", "") for module in COMMANDS.values()), sep="\n")
+elif name in COMMANDS:
+    run(name, COMMANDS[name].main, sys.argv[2:])
+else:
+    print(USAGE, file=sys.stderr)
     sys.exit(2)
-run(sys.argv[1], COMMANDS[sys.argv[1]], sys.argv[2:])
