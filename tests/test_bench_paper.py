@@ -23,7 +23,7 @@ from timm_alfa.bench.common import run
 from timm_alfa.bench.paired import compare_pairs, t_quantile, t_within
 from timm_alfa.bench.paper_jobs import Job, append_result, read_results, run_all
 from timm_alfa.bench.paper_report import lines_of, write_report
-from timm_alfa.bench.paper_runs import TUNED, Run
+from timm_alfa.bench.paper_runs import TUNED, Run, method
 from timm_alfa.bench.paper_sheets import SHEETS
 from timm_alfa.train import main as train
 from timm_alfa.train.args import parse_args
@@ -120,6 +120,10 @@ def test_list_prints_commands_that_can_be_run(images: Path, capsys: pytest.Captu
     ("--table 2 --list -- --epoch-s 3", "unrecognized arguments: --epoch-s (nearest: --epochs"),
     ("--table 2 --list -- --test-split=", "--test-split '': the runs' results are those of the test split"),
     ("--report --output nowhere", "--report: no results of these runs in nowhere"),
+    ("--table 2 --against cifar10-resnet20s-alfa", "--against cifar10-resnet20s-alfa: is for --report"),
+    ("--report --against alfa", "--against alfa: there is no such run; --list shows the names"),
+    ("--report --against cifar10-resnet20s-alfa --output nowhere",
+     "--against cifar10-resnet20s-alfa: no results of this run in nowhere"),
     ("--table 11", "argument --table: invalid choice: '11'"),
 ])
 def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]):
@@ -241,6 +245,19 @@ def test_lines_pair_seeds_and_keep_the_papers_numbers():
     assert not any(line.top1 for line in others)
 
 
+@pytest.mark.parametrize("key", ["controls", "table 2"])
+def test_gains_over_a_control(key: str):
+    base = "cifar10-resnet20s"
+    top1 = {base: (80.0, 81.0), f"{base}-alfa": (81.5, 82.0), f"{base}-alfa-delta0": (81.0, 81.0),
+            "cifar10-resnet56s": (90.0, 90.0)}
+    records = [_record(name, seed, value) for name, values in top1.items() for seed, value in enumerate(values)]
+    control = next(row.run for row in SHEETS["controls"].rows if row.run.name == f"{base}-alfa-delta0")
+    sheet = SHEETS[key]
+    lines = zip(sheet.rows, lines_of(sheet, records, against=control), strict=True)
+    gains = {row.run.name: line.gain.mean for row, line in lines if line.gain is not None}
+    assert gains == {base: -0.5, f"{base}-alfa": 0.75}  # nothing of another model
+
+
 def test_the_report_separates_settings(tmp_path: Path):
     base = "cifar10-resnet20s"
     records = [_record(base, 0, 80.0), _record(f"{base}-alfa", 0, 80.25),
@@ -252,6 +269,10 @@ def test_the_report_separates_settings(tmp_path: Path):
     assert "| cifar10-resnet20s, ALFA | 92.52 | 80.25 | 1 | +1.27 | +0.25 |  | 0.25 | 2.0 |" in report
     assert "With `--epochs 3 --amp`." in report
     assert "train cifar10-resnet20s-alfa 0\n" in report
+    against = write_report({"table 2": SHEETS["table 2"]}, records, tmp_path, against=method(base, "alfa"))
+    assert against.name == "report-against-cifar10-resnet20s-alfa.md"
+    assert "differences to `cifar10-resnet20s-alfa` with" in against.read_text()
+    assert "| cifar10-resnet20s, plain | 91.25 | 80.00 | 1 | -1.27 | -0.25 |  |" in against.read_text()
     for picture in ("table-2.png", "table-2-epochs-3-amp.png"):
         assert f"]({picture})" in report
         with Image.open(tmp_path / picture) as drawn:

@@ -50,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="print the runs and their commands, train nothing")
     what.add_argument("--report", action="store_true",
                       help="write report.md and pictures of the results so far, train nothing")
+    add("--against", default="", metavar="NAME",
+        help="with --report: the run that gains are counted from (default: plain training)")
     return parser
 
 
@@ -77,8 +79,10 @@ def _main(args: argparse.Namespace, extra: list[str]) -> int:
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1")
     output = Path(args.output)
     sheets = select(args)
+    if args.against and not args.report:
+        raise UsageError(f"--against {args.against}: is for --report")
     if args.report:
-        print(write_report(sheets, read_results(output), output))
+        print(write_report(sheets, read_results(output), output, against=_run_called(args.against)))
         return 0
     folders = data_folders(args.data_dir, sheets, needed=not args.list)
     jobs = create_jobs(sheets, args.seeds, args.epochs, folders, extra)
@@ -89,6 +93,15 @@ def _main(args: argparse.Namespace, extra: list[str]) -> int:
     print(f"{len(jobs) - len(unfinished(jobs, output))} of {len(jobs)} runs have results in {output}; "
           "--report makes tables of them")
     return 1 if left else 0
+
+
+def _run_called(name: str) -> Run | None:
+    if not name:
+        return None
+    runs = {row.run.name: row.run for sheet in SHEETS.values() for row in sheet.rows}
+    if name not in runs:
+        raise UsageError(f"--against {name}: there is no such run; --list shows the names")
+    return runs[name]
 
 
 def select(args: argparse.Namespace) -> dict[str, Sheet]:

@@ -13,7 +13,7 @@ from typing import Any
 from ..atomic import write_file
 from ..errors import UsageError
 from .paired import Paired, compare_pairs
-from .paper_runs import Sheet
+from .paper_runs import Run, Sheet
 
 REPORT = "report.md"
 
@@ -26,8 +26,9 @@ class Line:
         label: Of the row.
         top1: Accuracies by seed.
         paper: The paper's accuracy.
-        gain: Ours over plain training with the same seeds; None without common seeds, and for plain training itself.
-        paper_gain: The paper's gain over its plain training.
+        gain: Ours over plain training, or another run, with the same seeds; None without common seeds, and for that
+            run itself.
+        paper_gain: The paper's gain over the same run.
         seconds: Median seconds per epoch.
         delta: Median size of the perturbation relative to the feature, its rms over the feature's, at the last block.
         commands: What was run.
@@ -43,22 +44,28 @@ class Line:
     commands: list[str] = field(default_factory=list)
 
 
-def write_report(sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], output: Path) -> Path:
+def write_report(
+        sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], output: Path, *, against: Run | None = None,
+) -> Path:
     """Write `report.md` and, where matplotlib is installed, a picture per table; returns the path of the former.
 
     Args:
         sheets: What to report on.
         records: Of `results.jsonl`. Those of different settings (epochs, further flags) get sections of their own.
         output: Where to write.
+        against: The run that gains are counted from, in a report of its own, `report-against-NAME.md`; None for plain
+            training.
 
     Raises:
-        UsageError: none of the records belongs to these sheets.
+        UsageError: none of the records belongs to these sheets, or to `against`.
     """
+    if against is not None and not any(record["run"] == against.name for record in records):
+        raise UsageError(f"--against {against.name}: no results of this run in {output}")
     sections = []
     for setting in sorted({record["setting"] for record in records}):
         same = [record for record in records if record["setting"] == setting]
         for key, sheet in sheets.items():
-            lines = lines_of(sheet, same)
+            lines = lines_of(sheet, same, against=against)
             if any(line.top1 for line in lines):
                 picture = re.sub(r"[^\w.]+", "-", f"{key} {setting}".strip()) + ".png"
                 drawn = _draw(output / picture, sheet.title, lines)
@@ -66,18 +73,20 @@ def write_report(sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], ou
     if not sections:
         raise UsageError(f"--report: no results of these runs in {output}")
     machines = sorted({record["machine"] for record in records})
+    base = f"`{against.name}`" if against else "plain training"
     head = (
         "# The paper's experiments\n\nTop-1 in percent on the test images, of the checkpoint that was best on the "
-        "validation images: mean and standard deviation over seeds. *gain* is the mean of the differences to plain "
-        "training with the same seed, with its 95 % confidence interval and the p of a paired t-test. *delta* is "
+        "validation images: mean and standard deviation over seeds. *gain* is the mean of the differences to "
+        f"{base} with the same seed, with its 95 % confidence interval and the p of a paired t-test. *delta* is "
         "the size of the perturbation relative to the feature (rms over rms) at the last perturbed block in the last "
         "epoch. Seconds per epoch are medians of the wall clock, start-up, validation and checkpoints included.\n\n"
         f"Trained on: {'; '.join(machines)}.\n")
-    write_file(output / REPORT, lambda file: file.write("\n".join([head, *sections]).encode()))
-    return output / REPORT
+    path = output / (f"report-against-{against.name}.md" if against else REPORT)
+    write_file(path, lambda file: file.write("\n".join([head, *sections]).encode()))
+    return path
 
 
-def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]]) -> list[Line]:
+def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]], *, against: Run | None = None) -> list[Line]:
     """The rows of a sheet with the results of one setting; of several results of a run and seed the last counts."""
     by_run: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
@@ -85,9 +94,10 @@ def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]]) -> list[Line]:
     papers = {row.run.name: row.paper for row in sheet.rows}
     lines = []
     for row in sheet.rows:
-        own, base = by_run.get(row.run.name, {}), by_run.get(row.run.plain, {})
+        other = _compared(row.run, against)
+        own, base = by_run.get(row.run.name, {}), by_run.get(other, {})
         common = sorted(own.keys() & base.keys())
-        paper_base = papers.get(row.run.plain)
+        paper_base = papers.get(other)
         seconds = [record["seconds_per_epoch"] for record in own.values() if record["seconds_per_epoch"] is not None]
         deltas = [list(record["delta_ratio"].values())[-1] for record in own.values() if record["delta_ratio"]]
         lines.append(Line(
@@ -101,6 +111,13 @@ def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]]) -> list[Line]:
             commands=[own[seed]["command"] for seed in sorted(own)],
         ))
     return lines
+
+
+def _compared(run: Run, against: Run | None) -> str:
+    """Name of the run that `run` is compared with; empty for none, as for a run with itself or of another model."""
+    if against is None:
+        return run.plain
+    return against.name if against.base == run.base and against.name != run.name else ""
 
 
 def _section(sheet: Sheet, setting: str, lines: Sequence[Line], picture: str | None) -> str:

@@ -25,6 +25,11 @@ class Run:
     plain: str = ""
 
     @property
+    def base(self) -> str:
+        """Name of the plain run of the same model and dataset."""
+        return self.plain or self.name
+
+    @property
     def dataset(self) -> str:
         """``cifar10``, ``cifar100`` or ``imagenet``."""
         return self.recipe.partition("-")[0]
