@@ -233,8 +233,9 @@ def _record(run: str, seed: int, top1: float, **changed) -> dict:
 
 def test_lines_pair_seeds_and_keep_the_papers_numbers():
     base = "cifar10-resnet20s"
-    records = [_record(base, 0, 80.0), _record(base, 1, 81.0), _record(base, 2, 99.0), _record(f"{base}-alfa", 0, 80.5),
-               _record(f"{base}-alfa", 1, 70.0), _record(f"{base}-alfa", 1, 81.5, seconds_per_epoch=None)]  # fmt: skip
+    records = [_record(base, 0, 80.0), _record(base, 1, 81.0), _record(base, 2, 99.0),
+               _record(f"{base}-alfa", 0, 80.5, delta_ratio={"layer3": math.nan}), _record(f"{base}-alfa", 1, 70.0),
+               _record(f"{base}-alfa", 1, 81.5, seconds_per_epoch=None)]  # fmt: skip
     plain, alfa, *others = lines_of(SHEETS["table 2"], records)
     assert (plain.paper, plain.gain, plain.paper_gain) == (91.25, None, None)
     assert plain.top1 == {0: 80.0, 1: 81.0, 2: 99.0}
@@ -242,6 +243,7 @@ def test_lines_pair_seeds_and_keep_the_papers_numbers():
     assert (alfa.gain.count, alfa.gain.mean) == (2, 0.5)
     assert alfa.paper_gain == pytest.approx(1.27)
     assert alfa.seconds == 2.0
+    assert alfa.delta == 0.25  # of the seeds that have one
     assert not any(line.top1 for line in others)
 
 

@@ -21,7 +21,8 @@ class Monitor:
     """
 
     NORM_INTERVAL = 10
-    """Norms of the perturbations are taken in every tenth step: they read every feature once more."""
+    """Norms of the perturbations are taken in every tenth step since the last :meth:`take`, from its first: they read
+    every feature once more."""
 
     def __init__(self, alfa: AlfaWrapper):
         self.alfa = alfa
@@ -29,6 +30,11 @@ class Monitor:
         self._by_block = {name: _Mean() for name in alfa.blocks}
         self._norms = {name: _Mean() for name in alfa.blocks}
         self.history = EtaHistory(alfa.blocks)
+
+    @property
+    def norms_due(self) -> bool:
+        """Whether the next step is one whose norms are taken."""
+        return self._losses.count % self.NORM_INTERVAL == 0
 
     def add(self, result: Mapping[str, Any], observed: Mapping[str, Tensor]) -> None:
         """One training step: the task's result, and [3] norms for some blocks."""

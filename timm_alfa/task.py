@@ -89,8 +89,8 @@ class AlfaTask(ClassificationTask):
             )
         self.objective = AlfaLoss(self.criterion, lam, gamma, reduction)
         # Not registered as a submodule: until DDP wraps the step, the trainable module is the bare model.
-        self.__dict__["step"] = _AlfaStep(alfa, self.objective, sample_blocks, seed)
         self.monitor = Monitor(alfa)
+        self.__dict__["step"] = _AlfaStep(alfa, self.objective, self.monitor, sample_blocks, seed)
         self._stepper: EtaStepper | None = None
         if learnable:
             self._stepper = EtaStepper(alfa.eta, model.parameters())
@@ -227,9 +227,12 @@ class AlfaTask(ClassificationTask):
 class _AlfaStep(nn.Module):
     """Everything that has to happen inside one DDP forward. ``module`` leads timm's ``unwrap_model`` to the model."""
 
-    def __init__(self, alfa: AlfaWrapper, objective: AlfaLoss, sample_blocks: int | None, seed: int):
+    def __init__(
+            self, alfa: AlfaWrapper, objective: AlfaLoss, monitor: Monitor, sample_blocks: int | None, seed: int,
+    ):
         super().__init__()
         self.module = alfa
+        self.monitor = monitor
         self.sample_blocks = sample_blocks
         self.seed = seed
         # A criterion's parameters are not DDP's business: nothing that holds it is registered.
@@ -246,7 +249,7 @@ class _AlfaStep(nn.Module):
                 "loss_adv": clean.detach().clone(), "loss_adv_by_block": {}, "finite": {},
             }
         of_clean, weights = self._weights()
-        observe = _norms if alfa.passes % Monitor.NORM_INTERVAL == 0 else None
+        observe = _norms if self.monitor.norms_due else None
         swept = self.__dict__["sweep"](input, target, of_clean, weights, observe)
         result = {
             "loss": swept.loss,

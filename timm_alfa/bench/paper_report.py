@@ -99,7 +99,8 @@ def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]], *, against: Run | 
         common = sorted(own.keys() & base.keys())
         paper_base = papers.get(other)
         seconds = [record["seconds_per_epoch"] for record in own.values() if record["seconds_per_epoch"] is not None]
-        deltas = [list(record["delta_ratio"].values())[-1] for record in own.values() if record["delta_ratio"]]
+        ratios = [list(record["delta_ratio"].values())[-1] for record in own.values() if record["delta_ratio"]]
+        deltas = [ratio for ratio in ratios if not math.isnan(ratio)]
         lines.append(Line(
             label=row.label,
             top1={seed: own[seed]["top1"] for seed in sorted(own)},
