@@ -140,7 +140,7 @@ def test_training_command_parses(command: list[str]):
 
 def test_paper_commands_parse():
     lines = re.findall(r"^python -m timm_alfa\.bench paper (.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         assert paper.select(paper.build_parser().parse_args(shlex.split(line)))
 
