@@ -281,6 +281,16 @@ def test_the_report_separates_settings(tmp_path: Path):
             assert drawn.size[0] > 500
 
 
+def test_a_row_without_results_or_paper_is_left_out(tmp_path: Path):
+    base = "cifar10-resnet20s"
+    records = [_record(name, seed, top1 + seed) for name, top1 in ((base, 80.0), (f"{base}-wd2", 90.0))
+               for seed in range(2)]  # fmt: skip
+    report = write_report({"controls": SHEETS["controls"]}, records, tmp_path).read_text()
+    rows = [line for line in report.splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| plain", "| plain, twice the decay"]
+    assert "| +10.00 (+10.00 to +10.00) | <0.001 |" in rows[1]
+
+
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     from argparse import Namespace
 

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -64,7 +65,7 @@ def test_a_run_leaves_checkpoints_records_and_a_plain_model(
         assert step_time * images_per_second == pytest.approx(8)  # three full batches
     environment = yaml.safe_load((folder / "environment.yaml").read_text())
     assert environment["command"] == shlex.join(["train_alfa.py", *arguments])
-    assert environment["hardware"] == f"{torch.get_num_threads()} CPU threads"
+    assert re.fullmatch(r"1 CPU thread|\d+ CPU threads", environment["hardware"])
     assert environment["torch"] == torch.__version__
     assert environment["processes"] == 1
     assert {path.name for path in folder.iterdir()} >= {

@@ -31,5 +31,6 @@ def describe_run(command: str, device: torch.device, *, processes: int) -> dict[
 def hardware(device: torch.device) -> str:
     """The device's name, or for the CPU how many threads compute."""
     if device.type == "cpu":
-        return f"{torch.get_num_threads()} CPU threads"
+        threads = torch.get_num_threads()
+        return f"{threads} CPU thread{'s' if threads > 1 else ''}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

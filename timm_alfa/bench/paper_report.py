@@ -65,7 +65,7 @@ def write_report(
     for setting in sorted({record["setting"] for record in records}):
         same = [record for record in records if record["setting"] == setting]
         for key, sheet in sheets.items():
-            lines = lines_of(sheet, same, against=against)
+            lines = [line for line in lines_of(sheet, same, against=against) if line.top1 or line.paper is not None]
             if any(line.top1 for line in lines):
                 picture = re.sub(r"[^\w.]+", "-", f"{key} {setting}".strip()) + ".png"
                 drawn = _draw(output / picture, sheet.title, lines)
@@ -148,7 +148,7 @@ def _cells(line: Line) -> list[str]:
         gain = f"{line.gain.mean:+.2f}"
         if not math.isnan(line.gain.p):
             gain += f" ({line.gain.low:+.2f} to {line.gain.high:+.2f})"
-            p = f"{line.gain.p:.3f}"
+            p = "<0.001" if line.gain.p < 0.001 else f"{line.gain.p:.3f}"
     return [
         line.label,
         "" if line.paper is None else f"{line.paper:.2f}",
