@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,11 +178,12 @@ def _draw(path: Path, title: str, lines: Sequence[Line]) -> bool:
     axes.plot(*zip(*means, strict=True), "|", color="C0", markersize=16, markeredgewidth=2, label="our mean")
     if papers:
         axes.plot(*zip(*papers, strict=True), "D", color="0.2", markerfacecolor="none", label="paper")
-    axes.set_yticks(range(len(lines)), [line.label for line in lines])
+    axes.set_yticks(range(len(lines)), [textwrap.fill(line.label, 44) for line in lines])
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.grid(axis="x", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(xlabel="top-1 in percent", title=title)
+    axes.set(xlabel="top-1 in percent")
+    figure.suptitle(title)
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(path)
     return True
