@@ -164,7 +164,7 @@ def _cells(line: Line) -> list[str]:
 
 
 def _draw(path: Path, title: str, lines: Sequence[Line]) -> bool:
-    """Accuracies of every seed, their means, and the paper's; False without matplotlib."""
+    """Accuracies of every seed, their means, and the paper's where they are near; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -173,7 +173,9 @@ def _draw(path: Path, title: str, lines: Sequence[Line]) -> bool:
     axes = figure.subplots()
     seeds = [(value, place) for place, line in enumerate(lines) for value in line.top1.values()]
     means = [(statistics.fmean(line.top1.values()), place) for place, line in enumerate(lines) if line.top1]
-    papers = [(line.paper, place) for place, line in enumerate(lines) if line.paper is not None]
+    # a smaller experiment's differences are not to be seen beside the paper's accuracies
+    papers = [(line.paper, place) for place, line in enumerate(lines)
+              if line.paper is not None and min(abs(line.paper - mean) for mean, _ in means) < 15]
     axes.plot(*zip(*seeds, strict=True), ".", color="C0", alpha=0.5, label="each seed")
     axes.plot(*zip(*means, strict=True), "|", color="C0", markersize=16, markeredgewidth=2, label="our mean")
     if papers:
