@@ -16,6 +16,7 @@ import pytest
 import scipy.stats
 import torch
 from launch import ROOT
+from matplotlib.figure import Figure
 from PIL import Image
 
 from timm_alfa.bench import paper, paper_jobs
@@ -23,12 +24,10 @@ from timm_alfa.bench.common import run
 from timm_alfa.bench.paired import compare_pairs, t_quantile, t_within
 from timm_alfa.bench.paper_jobs import Job, append_result, read_results, run_all
 from timm_alfa.bench.paper_report import lines_of, write_report
-from timm_alfa.bench.paper_runs import TUNED, Run, method
-from timm_alfa.bench.paper_sheets import SHEETS
+from timm_alfa.bench.paper_runs import TUNED, Run
+from timm_alfa.bench.paper_sheets import RUNS, SHEETS
 from timm_alfa.train import main as train
 from timm_alfa.train.args import parse_args
-
-RUNS = {row.run.name: row.run for sheet in SHEETS.values() for row in sheet.rows}
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +252,8 @@ def test_gains_over_a_control(key: str):
     top1 = {base: (80.0, 81.0), f"{base}-alfa": (81.5, 82.0), f"{base}-alfa-delta0": (81.0, 81.0),
             "cifar10-resnet56s": (90.0, 90.0)}
     records = [_record(name, seed, value) for name, values in top1.items() for seed, value in enumerate(values)]
-    control = next(row.run for row in SHEETS["controls"].rows if row.run.name == f"{base}-alfa-delta0")
     sheet = SHEETS[key]
-    lines = zip(sheet.rows, lines_of(sheet, records, against=control), strict=True)
+    lines = zip(sheet.rows, lines_of(sheet, records, against=RUNS[f"{base}-alfa-delta0"]), strict=True)
     gains = {row.run.name: line.gain.mean for row, line in lines if line.gain is not None}
     assert gains == {base: -0.5, f"{base}-alfa": 0.75}  # nothing of another model
 
@@ -271,7 +269,7 @@ def test_the_report_separates_settings(tmp_path: Path):
     assert "| cifar10-resnet20s, ALFA | 92.52 | 80.25 | 1 | +1.27 | +0.25 |  | 0.25 | 2.0 |" in report
     assert "With `--epochs 3 --amp`." in report
     assert "train cifar10-resnet20s-alfa 0\n" in report
-    against = write_report({"table 2": SHEETS["table 2"]}, records, tmp_path, against=method(base, "alfa"))
+    against = write_report({"table 2": SHEETS["table 2"]}, records, tmp_path, against=RUNS[f"{base}-alfa"])
     assert against.name == "report-against-cifar10-resnet20s-alfa.md"
     assert "differences to `cifar10-resnet20s-alfa` with" in against.read_text()
     assert "| cifar10-resnet20s, plain | 91.25 | 80.00 | 1 | -1.27 | -0.25 |  |" in against.read_text()
@@ -279,6 +277,18 @@ def test_the_report_separates_settings(tmp_path: Path):
         assert f"]({picture})" in report
         with Image.open(tmp_path / picture) as drawn:
             assert drawn.size[0] > 500
+
+
+@pytest.mark.parametrize(("top1", "shown"), [(80.0, True), (40.0, False)])
+def test_pictures_show_the_papers_numbers_where_they_are_near(
+        top1: float, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    write_report({"table 2": SHEETS["table 2"]}, [_record("cifar10-resnet20s", 0, top1)], tmp_path)
+    (figure,) = figures
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert labels == ["each seed", "our mean", "paper"][: 3 if shown else 2]
 
 
 def test_a_row_without_results_or_paper_is_left_out(tmp_path: Path):

@@ -88,8 +88,8 @@ class AlfaTask(ClassificationTask):
                 f"sample_blocks: expected 1 to {len(alfa.blocks)}, the number of blocks, found {sample_blocks}"
             )
         self.objective = AlfaLoss(self.criterion, lam, gamma, reduction)
-        # Not registered as a submodule: until DDP wraps the step, the trainable module is the bare model.
         self.monitor = Monitor(alfa)
+        # Not registered as a submodule: until DDP wraps the step, the trainable module is the bare model.
         self.__dict__["step"] = _AlfaStep(alfa, self.objective, self.monitor, sample_blocks, seed)
         self._stepper: EtaStepper | None = None
         if learnable:

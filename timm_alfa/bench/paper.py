@@ -19,7 +19,7 @@ from ..train.args import parse_args
 from .paper_jobs import Job, read_results, run_all, unfinished
 from .paper_report import write_report
 from .paper_runs import Run, Sheet
-from .paper_sheets import SHEETS
+from .paper_sheets import RUNS, SHEETS
 
 # folders that torchvision's datasets make
 _TORCHVISION = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -81,8 +81,10 @@ def _main(args: argparse.Namespace, extra: list[str]) -> int:
     sheets = select(args)
     if args.against and not args.report:
         raise UsageError(f"--against {args.against}: is for --report")
+    if args.against and args.against not in RUNS:
+        raise UsageError(f"--against {args.against}: there is no such run; --list shows the names")
     if args.report:
-        print(write_report(sheets, read_results(output), output, against=_run_called(args.against)))
+        print(write_report(sheets, read_results(output), output, against=RUNS.get(args.against)))
         return 0
     folders = data_folders(args.data_dir, sheets, needed=not args.list)
     jobs = create_jobs(sheets, args.seeds, args.epochs, folders, extra)
@@ -93,15 +95,6 @@ def _main(args: argparse.Namespace, extra: list[str]) -> int:
     print(f"{len(jobs) - len(unfinished(jobs, output))} of {len(jobs)} runs have results in {output}; "
           "--report makes tables of them")
     return 1 if left else 0
-
-
-def _run_called(name: str) -> Run | None:
-    if not name:
-        return None
-    runs = {row.run.name: row.run for sheet in SHEETS.values() for row in sheet.rows}
-    if name not in runs:
-        raise UsageError(f"--against {name}: there is no such run; --list shows the names")
-    return runs[name]
 
 
 def select(args: argparse.Namespace) -> dict[str, Sheet]:

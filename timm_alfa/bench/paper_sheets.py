@@ -178,3 +178,6 @@ SHEETS: dict[str, Sheet] = {
     **{f"figure {number}": sheet for number, sheet in _FIGURES.items()},
     "controls": CONTROLS,
 }
+
+RUNS: dict[str, Run] = {row.run.name: row.run for sheet in SHEETS.values() for row in sheet.rows}
+"""Every run by its name."""

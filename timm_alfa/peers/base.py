@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import Statistics
 from ..compiler import allow_second_walks
 from ..randomness import RandomState
+from ..ranks import mean_over_ranks
 from ..replay import random_devices
 
 
@@ -154,11 +154,8 @@ class PeerTask(ClassificationTask):
     def epoch_metrics(self) -> dict[str, float]:
         """Averages of the losses since the last call, over all ranks (every rank has to call)."""
         nothing = torch.full((len(self.reported),), torch.nan, device=self.device)
-        mean = nothing if self._sum is None else self._sum / self._count
+        mean = mean_over_ranks(nothing if self._sum is None else self._sum / self._count)
         self._sum, self._last, self._count = None, None, 0
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
         return dict(zip(self.reported, mean.tolist(), strict=True))
 
     def write_history(self, folder: Path | None) -> None:

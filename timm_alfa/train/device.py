@@ -18,6 +18,7 @@ from timm import utils
 from timm.layers import set_fast_norm
 
 from ..errors import UsageError
+from ..ranks import in_group
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def prepare_device(args: argparse.Namespace) -> torch.device:
 
 def lost_process(error: RuntimeError) -> bool:
     """Whether a collective failed because another process ended; gloo raises nothing more particular."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_group():
         return False
     words = r"closed by peer|reset by peer|broken pipe|timed out|remote process"
     return isinstance(error, dist.DistError) or re.search(words, str(error), re.IGNORECASE) is not None

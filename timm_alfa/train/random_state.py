@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..ranks import in_group
+
 __all__ = ["gather_random_states", "randomness_kept", "restore_random_state"]
 
 
@@ -24,7 +26,7 @@ def gather_random_states() -> list[dict[str, Any]] | None:
         on rank 0; None on the others.
     """
     state = _capture()
-    if not _is_distributed():
+    if not in_group():
         return [state]
     if dist.get_rank() != 0:
         dist.gather_object(state, dst=0)
@@ -42,7 +44,7 @@ def restore_random_state(checkpoint: dict[str, Any], rank: int) -> bool:
         (timm's own have none), was written by another number of processes, or on another kind of device.
     """
     states = checkpoint.get("random_states")
-    world_size = dist.get_world_size() if _is_distributed() else 1
+    world_size = dist.get_world_size() if in_group() else 1
     if not states or len(states) != world_size:
         return False
     state = states[rank]
@@ -100,7 +102,3 @@ def _accelerator() -> str:
         return ""
     is_initialized = getattr(torch.get_device_module(device), "is_initialized", None)
     return device.type if is_initialized is None or is_initialized() else ""
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
