@@ -102,6 +102,17 @@ def test_the_layout_is_what_timm_pushes_to_the_hub(digits_run: Path, tmp_path: P
     assert_equal(load_file(tmp_path / "ours" / "model.safetensors"), load_file(tmp_path / "timm" / "model.safetensors"))
 
 
+def test_grey_images_are_exported_with_the_mean_they_were_trained_with(tmp_path: Path):
+    flags = ("--dataset digits --img-size 8 --in-chans 1 --model resnet20s --epochs 1 --lr 0.01 --batch-size 256"
+             " --workers 0 --experiment grey")
+    train([*flags.split(), "--output", str(tmp_path)])
+    export_run(tmp_path / "grey", tmp_path / "out")
+    trained, exported = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("grey", "out"))
+    assert exported == trained
+    assert exported["pretrained_cfg"]["input_size"] == [1, 8, 8]
+    assert len(exported["pretrained_cfg"]["mean"]) == len(exported["pretrained_cfg"]["std"]) == 1
+
+
 def test_timm_reads_it_from_the_hub(digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """From a cache of the hub, as a download would leave it."""
     repository = tmp_path / "models--me--a-model"

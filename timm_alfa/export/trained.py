@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 from ..checkpoint_file import read_checkpoint
@@ -19,7 +18,7 @@ from ..train.args import build_parser
 from ..train.config import load_config
 from ..train.data import default_class_count
 from ..train.final_test import TEST_FILE
-from ..train.model import build_model
+from ..train.model import build_model, resolve_preprocessing
 from .weights import plain_weights
 
 __all__ = ["BEST", "TrainedRun", "read_trained_run"]
@@ -96,7 +95,7 @@ def read_trained_run(folder: Path, checkpoint: str | None = None, ema: bool | No
         args=args,
         model=model.eval(),
         weights=weights,
-        data_config=resolve_data_config(vars(args), model=model),
+        data_config=resolve_preprocessing(args, model),
         source=path.name,
         averaged=averaged,
         epoch=index + 1,

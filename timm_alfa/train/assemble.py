@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from timm import utils
-from timm.data import resolve_data_config
-from timm.data.loader import adapt_to_chs
 from timm.task import ClassificationTask
 from torch import nn
 
@@ -20,11 +18,11 @@ from .data import check_class_count, check_data_arguments, create_datasets, crea
 from .device import create_precision, prepare_device
 from .loaders import create_loaders
 from .loop import ReportingTask, Training, updates_per_epoch
-from .model import build_model, check_forward, place_model
+from .model import build_model, check_forward, place_model, resolve_preprocessing
 from .objective import create_criterion, create_mixup
 from .optim import create_optimizer, create_schedule, resolve_learning_rate
 from .resume import open_checkpoint, restore_ema, restore_randomness, restore_training
-from .text import mistakes_in_one_line, one_line
+from .text import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -78,12 +76,7 @@ def create_seeded_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, 
     device = prepare_device(args)
     utils.random_seed(args.seed, args.rank)
     model = build_model(args)
-    with mistakes_in_one_line("--input-size, --mean, --std: expected one value per channel, or one for all"):
-        data_config = resolve_data_config(vars(args), model=model, verbose=utils.is_primary(args))
-    for name in ("mean", "std"):  # as the loader does it, so that the export records what was trained with
-        values = adapt_to_chs(data_config[name], data_config["input_size"][0])
-        data_config[name] = tuple(float(value) for value in values)
-    return model, data_config, device
+    return model, resolve_preprocessing(args, model, verbose=utils.is_primary(args)), device
 
 
 def list_blocks(args: argparse.Namespace) -> None:

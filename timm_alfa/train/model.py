@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm
 from timm.models import create_model, is_model, list_models, safe_model_name
 from torch import nn
@@ -17,7 +19,7 @@ from torch import nn
 from .. import models as _registered  # noqa: F401  (importing it gives timm the CIFAR ResNets)
 from ..errors import UsageError
 from .device import Precision
-from .text import one_line
+from .text import mistakes_in_one_line, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -73,6 +75,19 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     _logger.info(f"Model {safe_model_name(args.model)} created, {count:,} parameters, {args.num_classes} classes.")
     built: nn.Module = model
     return built
+
+
+def resolve_preprocessing(args: argparse.Namespace, model: nn.Module, verbose: bool = False) -> dict[str, Any]:
+    """timm's data configuration of a model and flags, with as many means and deviations as the images have channels.
+
+    Raises:
+        UsageError: ``--input-size``, ``--mean`` or ``--std`` do not fit the channels.
+    """
+    with mistakes_in_one_line("--input-size, --mean, --std: expected one value per channel, or one for all"):
+        config: dict[str, Any] = resolve_data_config(vars(args), model=model, verbose=verbose)
+    for name in ("mean", "std"):  # as the loader does it, so that exports record what was trained with
+        config[name] = tuple(float(value) for value in adapt_to_chs(config[name], config["input_size"][0]))
+    return config
 
 
 def _initialize_head(args: argparse.Namespace, model: Any) -> None:
