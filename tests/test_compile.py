@@ -70,7 +70,7 @@ def _assert_compiled_equals_eager(
     for (name, wanted), parameter in zip(expected.named_parameters(), found.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-9, atol=1e-12, msg=name)
     for (name, wanted), buffer in zip(expected.named_buffers(), found.buffers(), strict=True):
-        torch.testing.assert_close(buffer, wanted, rtol=1e-9, atol=1e-15, msg=name)
+        torch.testing.assert_close(buffer, wanted, rtol=1e-9, atol=0, msg=name)
     assert graphs[-1] == graphs[-2], "steps after the first few compile nothing more"
     assert not torch._dynamo.utils.counters["graph_break"]
 

@@ -14,13 +14,12 @@ from itertools import chain, repeat
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
-from timm.models import create_model
 
 from ..errors import UsageError
 from ..train.args import parse_args
 from ..train.data import check_data_arguments, create_datasets
 from ..train.loaders import create_loaders
+from ..train.model import build_model, resolve_preprocessing
 from ..train.parser import TrainParser
 from . import common
 
@@ -72,7 +71,7 @@ def endless(args: argparse.Namespace, *, cached: bool) -> Iterator[Any]:
     """Batches of the training loader on the CPU, the first of them drawn already."""
     args = argparse.Namespace(**{**vars(args), "cache_images": cached, "workers": 0})
     args.prefetcher, args.distributed = not args.no_prefetcher, False
-    data_config = resolve_data_config(vars(args), model=create_model(args.model))
+    data_config = resolve_preprocessing(args, build_model(args))
     train, _ = create_datasets(args, data_config)
     loader, *_ = create_loaders(
         args, data_config, train, None, device=torch.device("cpu"), img_dtype=torch.float32, collate_fn=None)
