@@ -24,6 +24,12 @@ def test_both_loaders_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"| --cache-images | {cached:,.0f} | {cached / timm:.1f} |" in table
 
 
+def test_preprocessing_is_that_of_training(tmp_path: Path):
+    images = make_image_folder(tmp_path / "images", train=4)
+    with pytest.raises(UsageError, match="--mean, --std: expected one value per channel, or one for all"):
+        loader.main([*FLAGS.split(), "--data-dir", str(images), "--mean", "0.1", "0.2"])
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     ("--rounds 0", "--rounds 0: expected a whole number of at least 1"),
     ("--data-dir nowhere", "--cache-images: cannot resize images anew"),
