@@ -273,6 +273,8 @@ def test_the_report_separates_settings(tmp_path: Path):
     assert against.name == "report-against-cifar10-resnet20s-alfa.md"
     assert "differences to `cifar10-resnet20s-alfa` with" in against.read_text()
     assert "| cifar10-resnet20s, plain | 91.25 | 80.00 | 1 | -1.27 | -0.25 |  |" in against.read_text()
+    assert "Commands" in report
+    assert "Commands" not in against.read_text()
     for picture in ("table-2.png", "table-2-epochs-3-amp.png"):
         assert f"]({picture})" in report
         with Image.open(tmp_path / picture) as drawn:
@@ -318,6 +320,15 @@ def test_the_clean_loss_twice_is_twice_the_rate_and_half_the_decay(images: Path,
     for name, tensor in twice.items():
         torch.testing.assert_close(tensor, same[name], rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(tensor, other[name], rtol=1e-5, atol=1e-6) for name, tensor in twice.items())
+
+
+def test_a_reader_may_leave_before_the_list_ends():
+    command = [sys.executable, "-m", "timm_alfa.bench", "paper", "--list"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"# Table 1: step sizes at the last block, PGD-5\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a group of processes")

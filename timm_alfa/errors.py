@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import NoReturn
+
 
 class UsageError(ValueError):
     """What the user asked for cannot be done: a wrong flag, name, file or combination.
@@ -20,3 +24,13 @@ class NonFiniteError(ArithmeticError):
 
 class BlockError(ValueError):
     """A block name that does not resolve, or a block that cannot be perturbed; the message says what would do."""
+
+
+def end_without_reader() -> NoReturn:
+    """End a command whose output nobody reads any more (``| head``); Python would complain once more at exit.
+
+    Raises:
+        SystemExit: 1.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

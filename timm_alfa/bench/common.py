@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import __version__
 from ..environment import hardware
-from ..errors import UsageError
+from ..errors import UsageError, end_without_reader
 from ..flags import spelled
 from ..train.device import check_device
 
@@ -96,10 +96,12 @@ def run(name: str, command: Callable[[Sequence[str]], None], argv: Sequence[str]
     """Run a command; a user's mistake ends it with one line.
 
     Raises:
-        SystemExit: 2 after a user's mistake.
+        SystemExit: 2 after a user's mistake, 1 when nobody reads the output any more.
     """
     try:
         command(argv)
     except UsageError as error:
         print(f"timm_alfa.bench {name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:
+        end_without_reader()

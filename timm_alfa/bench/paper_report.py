@@ -54,8 +54,8 @@ def write_report(
         sheets: What to report on.
         records: Of `results.jsonl`. Those of different settings (epochs, further flags) get sections of their own.
         output: Where to write.
-        against: The run that gains are counted from, in a report of its own, `report-against-NAME.md`; None for plain
-            training.
+        against: The run that gains are counted from, in a report of its own, `report-against-NAME.md`, which leaves the
+            commands to `report.md`; None for plain training.
 
     Raises:
         UsageError: none of the records belongs to these sheets, or to `against`.
@@ -70,7 +70,7 @@ def write_report(
             if any(line.top1 for line in lines):
                 picture = re.sub(r"[^\w.]+", "-", f"{key} {setting}".strip()) + ".png"
                 drawn = _draw(output / picture, sheet.title, lines)
-                sections.append(_section(sheet, setting, lines, picture if drawn else None))
+                sections.append(_section(sheet, setting, lines, picture if drawn else None, commands=against is None))
     if not sections:
         raise UsageError(f"--report: no results of these runs in {output}")
     machines = sorted({record["machine"] for record in records})
@@ -122,7 +122,7 @@ def _compared(run: Run, against: Run | None) -> str:
     return against.name if against.base == run.base and against.name != run.name else ""
 
 
-def _section(sheet: Sheet, setting: str, lines: Sequence[Line], picture: str | None) -> str:
+def _section(sheet: Sheet, setting: str, lines: Sequence[Line], picture: str | None, *, commands: bool) -> str:
     text = [
         f"## {sheet.title}", "",
         f"With `{setting}`." if setting else "As in the recipes.", "",
@@ -134,9 +134,10 @@ def _section(sheet: Sheet, setting: str, lines: Sequence[Line], picture: str | N
         text += ["", sheet.note]
     if picture is not None:
         text += ["", f"![{sheet.title}]({picture})"]
-    commands = [command for line in lines for command in line.commands]
-    text += ["", "<details><summary>Commands</summary>", "", "```bash", *commands, "```", "", "</details>", ""]
-    return "\n".join(text)
+    if commands:
+        shown = [command for line in lines for command in line.commands]
+        text += ["", "<details><summary>Commands</summary>", "", "```bash", *shown, "```", "", "</details>"]
+    return "\n".join([*text, ""])
 
 
 def _cells(line: Line) -> list[str]:

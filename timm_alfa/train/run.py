@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import os
 import shlex
 import sys
 import time
@@ -21,7 +20,7 @@ from timm.utils.distributed import world_info_from_env
 
 from ..dryrun import dry_run
 from ..environment import describe_run
-from ..errors import DataError, NonFiniteError, UsageError
+from ..errors import DataError, NonFiniteError, UsageError, end_without_reader
 from ..export import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint
 from ..ranks import leave_group
 from ..report.plot import draw
@@ -63,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: "), code=1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has seen enough; Python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        end_without_reader()
     except RuntimeError as error:
         if not lost_process(error):
             raise
