@@ -12,6 +12,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs `command` in the repository, with this copy of the package."""
+    """Run ``command`` in the repository, with this copy of the package."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

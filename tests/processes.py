@@ -18,7 +18,7 @@ from timm_alfa.train import main
 
 
 def call_ranks(function: Callable[..., object], arguments: tuple[Any, ...], count: int) -> None:
-    """Calls `function(rank, *arguments)` in `count` forked processes, and raises if one of them did."""
+    """Call ``function(rank, *arguments)`` in ``count`` forked processes, and raise if one of them did."""
     with _forking():
         ranks = torch.multiprocessing.start_processes(function, arguments, count, join=False, start_method="fork")
     try:
@@ -36,7 +36,7 @@ def start(
         environment: dict[str, str] | None = None,
         first: Callable[[], object] = lambda: None,
 ) -> int:
-    """Starts the command and returns its process id; what it prints goes to `log`, `first` is called before it."""
+    """Start the command and return its process id; what it prints goes to ``log``, ``first`` is called before it."""
     with _forking():
         child = os.fork()
     if child:
@@ -74,12 +74,12 @@ def wait(child: int) -> int:
 
 
 def has_ended(child: int) -> bool:
-    """Whether a process has ended; `wait` still has to be called."""
+    """Whether a process has ended; ``wait`` still has to be called."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def start_ranks(arguments: Sequence[str], log: Path, count: int) -> list[int]:
-    """Starts the command in `count` processes that find each other, as a launcher would; rank r prints to `log`-r."""
+    """Start the command in ``count`` processes that find each other, as a launcher does; rank r prints to ``log``-r."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

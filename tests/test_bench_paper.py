@@ -163,7 +163,7 @@ sys.exit(0 if all(path.exists() for path in meet) else 3)
 
 
 def _stub(monkeypatch: pytest.MonkeyPatch, meet: list[Job], fail: str = "") -> None:
-    """Makes jobs end quickly: `fail` fails, the others wait for all of `meet` to have been started."""
+    """Makes jobs end quickly: ``fail`` fails, the others wait for all of ``meet`` to have been started."""
 
     def command(self: Job, output: Path) -> list[str]:
         if self.run == fail:

@@ -110,7 +110,7 @@ def test_history_goes_on_after_a_resume(tmp_path):
 
 
 def kill_at(monkeypatch, step):
-    """Makes the `step`-th call that touches the disk raise; the count of such calls is in the returned list."""
+    """Makes the ``step``-th call that touches the disk raise; the count of such calls is in the returned list."""
     calls = []
 
     def guarded(function):

@@ -66,7 +66,7 @@ class Breaking(torch.autograd.Function):
 
 
 class Faulty(nn.Module):
-    """Two convolutions and a head. In the steps that `faults` lists, what it names goes wrong."""
+    """Two convolutions and a head. In the steps that ``faults`` lists, what it names goes wrong."""
 
     def __init__(self, faults: dict[int, str], value: float = float("nan")) -> None:
         super().__init__()

@@ -118,7 +118,7 @@ def run(images: Path, words: list[str], config: dict[str, Any]) -> int:
     """The command's exit code.
 
     Raises:
-        AssertionError: it failed without the one line, or wrote something before it did.
+        AssertionError: It failed without the one line, or wrote something before it did.
     """
     errors = io.StringIO()
     code: Any = 0

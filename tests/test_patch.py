@@ -45,7 +45,7 @@ def _tool(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[str, 
 
 
 def _insertions(diff: str) -> dict[int, str]:
-    """Reads a diff of one-line insertions: what is inserted after which line."""
+    """Read a diff of one-line insertions: what is inserted after which line."""
     header, *hunks = re.split(r"^(?=@@ )", diff, flags=re.MULTILINE)
     assert re.fullmatch(r"For the file with sha256 [0-9a-f]{64}\n--- (\S+)\n\+\+\+ \1\n", header)
     insertions = {}

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def make_image_folder(root: Path, *, train: int = 10, validation: int = 2, size: tuple[int, int] = (40, 36)) -> Path:
-    """Writes `train` and `validation` images for each of three classes under `root`; returns `root`."""
+    """Write ``train`` and ``validation`` images for each of three classes under ``root``; returns ``root``."""
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("validation", validation)):
         for name in ("a", "b", "c"):

@@ -12,10 +12,11 @@ __all__ = ["duplicate_file", "replace_file", "write_file"]
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Let `write(file)` fill a temporary file beside `path`, force it to the disk, then put it in the place of `path`.
+    """Let ``write(file)`` fill a temporary file beside ``path``, force it to the disk, then put it in the file's place.
 
     Raises:
-        Whatever `write` raises, or OSError (disk full, folder gone). `path` is then as it was, the temporary file gone.
+        Whatever ``write`` raises, or OSError (disk full, folder gone). The file is then as it was, the temporary one
+            gone.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -31,13 +32,13 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
 
 
 def replace_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Rename `source`, already on the disk, to `target` in one step; the rename itself is forced to the disk too."""
+    """Rename ``source``, already on the disk, to ``target`` in one step; the rename is forced to the disk too."""
     os.replace(source, target)
     _sync_folder(Path(target).parent)
 
 
 def duplicate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Make `target` a second name of `source` (a hard link), or a copy where the file system has no hard links."""
+    """Make ``target`` a second name of ``source`` (a hard link), or a copy where the file system has no hard links."""
     source, target = Path(source), Path(target)
     if target.exists() and target.samefile(source):
         return  # a rename onto another name of the same file would leave both

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from timm_alfa.errors import UsageError
+from .errors import UsageError
 
 __all__ = ["read_checkpoint"]
 
@@ -18,14 +18,14 @@ def read_checkpoint(path: str | os.PathLike[str], flag: str = "--resume") -> dic
     """Read a training checkpoint onto the CPU without running any code that it may hold.
 
     Args:
-        path: the file.
-        flag: how the user named the file; errors start with it.
+        path: The file.
+        flag: How the user named the file; errors start with it.
 
     Returns:
-        The checkpoint's dict; `state_dict` in it is a dict of tensors.
+        The checkpoint's dict; ``state_dict`` in it is a dict of tensors.
 
     Raises:
-        UsageError: the file is missing, truncated or damaged (checksums are compared), holds Python objects other than
+        UsageError: The file is missing, truncated or damaged (checksums are compared), holds Python objects other than
             tensors, plain values and the arguments of a run, or is no training checkpoint.
     """
     if not os.path.isfile(path):

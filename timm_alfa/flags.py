@@ -103,7 +103,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]
 
 
 def refuse_flags(args: argparse.Namespace, flags: Sequence[Flag], needed: str) -> None:
-    """Raise `UsageError` for a flag that was given though its method is off.
+    """Raise ``UsageError`` for a flag that was given though its method is off.
 
     Args:
         args: The command line.
@@ -117,7 +117,7 @@ def refuse_flags(args: argparse.Namespace, flags: Sequence[Flag], needed: str) -
 
 
 def fill_flags(args: argparse.Namespace, flags: Sequence[Flag]) -> None:
-    """Put the defaults in, then raise `UsageError` for the first value that cannot be."""
+    """Put the defaults in, then raise ``UsageError`` for the first value that cannot be."""
     for flag in flags:
         if getattr(args, flag.name) is None:
             setattr(args, flag.name, flag.default)

@@ -67,7 +67,7 @@ def find_insertions(source: bytes) -> dict[int, bytes]:
 
 
 def source_encoding(source: bytes) -> str:
-    """The encoding that a Python file, `source`, declares, as a name to encode and decode parts of it with."""
+    """The encoding that a Python file, ``source``, declares, as a name to encode and decode parts of it with."""
     return tokenize.detect_encoding(BytesIO(source).readline)[0].removesuffix("-sig")
 
 

@@ -14,13 +14,13 @@ OLDEST_TIMM = "1.0.31"
 
 
 def require_timm(found: str = timm.__version__) -> None:
-    """Accept timm from `OLDEST_TIMM` on.
+    """Accept timm from ``OLDEST_TIMM`` on.
 
     Args:
-        found: version of timm, such as ``1.0.31`` or ``1.0.32.dev0``.
+        found: Version of timm, such as ``1.0.31`` or ``1.0.32.dev0``.
 
     Raises:
-        ImportError: it is older; the message says which version is there and which is needed.
+        ImportError: It is older; the message says which version is there and which is needed.
         SystemExit: 2, instead, with that message as one line, where a command of this package is being started.
     """
     if _release(found) >= _release(OLDEST_TIMM):

@@ -28,7 +28,7 @@ class Paired:
 
 
 def compare_pairs(differences: Sequence[float]) -> Paired:
-    """Paired t-test of `differences`, of which there is at least one."""
+    """Paired t-test of ``differences``, of which there is at least one."""
     count, mean = len(differences), statistics.fmean(differences)
     if count < 2:
         return Paired(count, mean, math.nan, math.nan, math.nan)
@@ -42,7 +42,7 @@ def compare_pairs(differences: Sequence[float]) -> Paired:
 
 
 def t_within(t: float, degrees: int) -> float:
-    """Probability that Student's t with `degrees` of freedom lies in -t..t (the finite sums for whole degrees)."""
+    """Probability that Student's t with ``degrees`` of freedom lies in -t..t (the finite sums for whole degrees)."""
     angle = math.atan(t / math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
     term = cosine if degrees % 2 else 1.0
@@ -54,7 +54,7 @@ def t_within(t: float, degrees: int) -> float:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """Value below which Student's t lies with `probability`, in 0.5..1, by bisection."""
+    """Value below which Student's t lies with ``probability``, in 0.5..1, by bisection."""
     low, high = 0.0, 1.0
     while t_within(high, degrees) < 2 * probability - 1:
         high *= 2

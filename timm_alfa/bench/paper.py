@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, list or report; see :func:`build_parser`.
 
     Raises:
-        UsageError: flags, folders or runs that cannot be.
+        UsageError: Flags, folders or runs that cannot be.
         SystemExit: 1 when runs are left without a result, 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -101,7 +101,7 @@ def select(args: argparse.Namespace) -> dict[str, Sheet]:
     """The tables and figures that were asked for (all of the paper's by default), with the rows of ``--only``.
 
     Raises:
-        UsageError: no run is left.
+        UsageError: No run is left.
     """
     keys = [f"table {n}" for n in args.table] + [f"figure {n}" for n in args.figure] + ["controls"] * args.controls
     sheets = {}
@@ -124,7 +124,7 @@ def data_folders(values: Sequence[str], sheets: dict[str, Sheet], *, needed: boo
         needed: Whether the folders must exist; if not, missing ones are shown by the dataset's name.
 
     Raises:
-        UsageError: a dataset has no folder, or one without its images.
+        UsageError: A dataset has no folder, or one without its images.
     """
     datasets = list(dict.fromkeys(row.run.dataset for sheet in sheets.values() for row in sheet.rows))
     folders: dict[str, str] = {}
@@ -163,7 +163,7 @@ def create_jobs(
     """Every run of the sheets once per seed, seed by seed, so that what is finished first can be compared.
 
     Raises:
-        UsageError: flags that the training command does not take.
+        UsageError: Flags that the training command does not take.
     """
     runs = dict.fromkeys(row.run for sheet in sheets.values() for row in sheet.rows)
     setting = shlex.join([*(["--epochs", str(epochs)] if epochs else []), *extra])
@@ -181,7 +181,7 @@ def create_jobs(
 
 
 def scaled_schedule(run: Run, epochs: int | None) -> list[str]:
-    """Flags that make the recipe's schedule `epochs` long, its warm-up and decays in proportion."""
+    """Flags that make the recipe's schedule ``epochs`` long, its warm-up and decays in proportion."""
     if epochs is None:
         return []
     recipe = parse_args(["--config", run.recipe, *run.flags])

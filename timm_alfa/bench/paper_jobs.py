@@ -208,7 +208,7 @@ def _delta_ratios(folder: Path) -> dict[str, float]:
 
 
 def _summary(folder: Path) -> list[dict[str, str]]:
-    """Rows of `summary.csv`, one per epoch that was validated."""
+    """Rows of ``summary.csv``, one per epoch that was validated."""
     try:
         with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))

@@ -48,17 +48,17 @@ class Line:
 def write_report(
         sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], output: Path, *, against: Run | None = None,
 ) -> Path:
-    """Write `report.md` and, where matplotlib is installed, a picture per table; returns the path of the former.
+    """Write ``report.md`` and, where matplotlib is installed, a picture per table; returns the path of the former.
 
     Args:
         sheets: What to report on.
-        records: Of `results.jsonl`. Those of different settings (epochs, further flags) get sections of their own.
+        records: Of ``results.jsonl``. Those of different settings (epochs, further flags) get sections of their own.
         output: Where to write.
-        against: The run that gains are counted from, in a report of its own, `report-against-NAME.md`, which leaves the
-            commands to `report.md`; None for plain training.
+        against: The run that gains are counted from, in a report of its own, ``report-against-NAME.md``, which leaves
+            the commands to ``report.md``; None for plain training.
 
     Raises:
-        UsageError: none of the records belongs to these sheets, or to `against`.
+        UsageError: None of the records belongs to these sheets, or to ``against``.
     """
     if against is not None and not any(record["run"] == against.name for record in records):
         raise UsageError(f"--against {against.name}: no results of this run in {output}")
@@ -116,7 +116,7 @@ def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]], *, against: Run | 
 
 
 def _compared(run: Run, against: Run | None) -> str:
-    """Name of the run that `run` is compared with; empty for none, as for a run with itself or of another model."""
+    """Name of the run that ``run`` is compared with; empty for none, as for a run with itself or of another model."""
     if against is None:
         return run.plain
     return against.name if against.base == run.base and against.name != run.name else ""

@@ -54,7 +54,7 @@ class Sheet:
 
 
 def plain(base: str) -> Run:
-    """Plain training; `base` is dataset and model, such as ``cifar10-resnet18``."""
+    """Plain training; ``base`` is dataset and model, such as ``cifar10-resnet18``."""
     return Run(base, base)
 
 

@@ -11,7 +11,7 @@ def draw_bars(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Bars of time relative to plain training with their intervals, and the floors as marks.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: Matplotlib is missing.
     """
     from matplotlib.figure import Figure
 

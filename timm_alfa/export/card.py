@@ -35,10 +35,10 @@ def model_card(run: TrainedRun, *, name: str, license: str | None = None, onnx: 
     """The text of a model card: front matter for the hub, then results, training, and how to load the model.
 
     Args:
-        run: what is exported.
-        name: of the model, on the hub the repository's.
-        license: identifier such as ``apache-2.0``; None leaves it out.
-        onnx: whether ``model.onnx`` lies beside the card.
+        run: What is exported.
+        name: Of the model, on the hub the repository's.
+        license: Identifier such as ``apache-2.0``; None leaves it out.
+        onnx: Whether ``model.onnx`` lies beside the card.
     """
     front = yaml.safe_dump(_front_matter(run, name, license), sort_keys=False, allow_unicode=True)
     sections = [f"---\n{front}---\n\n# {name}", _summary(run), _results(run), _training(run), _use(run, onnx)]
@@ -49,7 +49,7 @@ def command_line(args: argparse.Namespace) -> str:
     """The training command that a run's flags amount to; of paths the last part, and nothing of where records went.
 
     Args:
-        args: as in the run's ``args.yaml``.
+        args: As in the run's ``args.yaml``.
     """
     shown = argparse.Namespace(**vars(args))
     shown.data_dir = data_root(args)

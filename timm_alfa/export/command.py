@@ -39,21 +39,21 @@ def export_run(
     ``timm.create_model("local-dir:" + output, pretrained=True)``.
 
     Args:
-        folder: of the run, with ``args.yaml`` and checkpoints.
-        output: where to write, ``folder/export`` if None.
+        folder: Of the run, with ``args.yaml`` and checkpoints.
+        output: Where to write, ``folder/export`` if None.
         checkpoint: ``best``, ``last`` or a path; None takes the best where there is one, else the last.
-        ema: take the averaged weights; None takes them if the run averaged.
-        onnx: whether to write ``model.onnx``; without the packages for it the rest is written and a warning logged.
+        ema: Take the averaged weights; None takes them if the run averaged.
+        onnx: Whether to write ``model.onnx``; without the packages for it the rest is written and a warning logged.
             One of an earlier export never stays, for it may be of other weights.
-        license: identifier for the model card, such as ``apache-2.0``.
-        name: of the model in the card; None takes the folder's.
+        license: Identifier for the model card, such as ``apache-2.0``.
+        name: Of the model in the card; None takes the folder's.
 
     Returns:
         Paths of the files.
 
     Raises:
-        UsageError: the folder is not that of a run, has no such weights, or the output cannot be written.
-        RuntimeError: the model cannot be exported to ONNX; the other files are written.
+        UsageError: The folder is not that of a run, has no such weights, or the output cannot be written.
+        RuntimeError: The model cannot be exported to ONNX; the other files are written.
     """
     folder = Path(folder)
     output = folder / "export" if output is None else Path(output)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export a run and print the files' paths.
 
     Args:
-        argv: arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None takes those of the process.
 
     Raises:
         SystemExit: 2 after a user's mistake, 1 when the model cannot be exported to ONNX.

@@ -22,7 +22,7 @@ SINGLE_FILE_LIMIT = 2**31 - 2**24  # bytes of weights; a protocol buffer holds l
 
 
 def missing_packages() -> list[str]:
-    """What `export_onnx` needs and does not find: names of packages, or a newer torch."""
+    """What ``export_onnx`` needs and does not find: names of packages, or a newer torch."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if TorchVersion(torch.__version__) < "2.7":
         missing.append("torch>=2.7")  # exporters before it fail at batch norm
@@ -30,21 +30,21 @@ def missing_packages() -> list[str]:
 
 
 def export_onnx(model: nn.Module, input_size: Sequence[int], folder: Path) -> Path:
-    """Write `folder/model.onnx`, with input ``image`` [B, C, H, W] for any B and output ``logits`` [B, classes].
+    """Write ``folder/model.onnx``, with input ``image`` [B, C, H, W] for any B and output ``logits`` [B, classes].
 
     Weights of 2 GiB and more lie beside it in ``model.onnx.data``. Files replace older ones whole.
 
     Args:
-        model: on the CPU, in float32; exported as it is in evaluation mode.
+        model: On the CPU, in float32; exported as it is in evaluation mode.
         input_size: [C, H, W] of the images, normalised as the model expects them.
-        folder: where to write; created if need be.
+        folder: Where to write; created if need be.
 
     Returns:
         Path of ``model.onnx``.
 
     Raises:
         RuntimeError: torch cannot export this model.
-        OSError: a file cannot be written; an older one of that name is intact.
+        OSError: A file cannot be written; an older one of that name is intact.
     """
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     model.eval()
@@ -76,10 +76,10 @@ def largest_difference(path: Path, model: nn.Module, input_size: Sequence[int], 
     """How far the ONNX file is from the model on random images, relative to the largest output.
 
     Args:
-        path: what `export_onnx` returned.
-        model: the model it was made of, on the CPU.
+        path: What ``export_onnx`` returned.
+        model: The model it was made of, on the CPU.
         input_size: [C, H, W].
-        batch_size: number of images.
+        batch_size: Number of images.
 
     Returns:
         max |onnx - torch| / max |torch|; None where onnxruntime is not installed.

@@ -31,16 +31,16 @@ class TrainedRun:
     """One set of weights of a run.
 
     Args:
-        args: the run's flags, as its ``args.yaml`` holds them; what that leaves out has its default.
-        model: the architecture with the weights, on the CPU, in evaluation mode.
-        weights: the checkpoint's tensors by the model's names, in the type in which they were trained.
-        data_config: timm's preprocessing (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`, ...).
-        source: name of the checkpoint file.
-        averaged: whether the weights are the averaged ones (EMA).
-        epoch: number of finished epochs, from 1.
-        metrics: what ``summary.csv`` says of these very weights in that epoch; empty where it says nothing.
-        test: what ``test.json`` says of these very weights; empty where it says nothing.
-        environment: the run's hardware and versions, as far as it recorded them.
+        args: The run's flags, as its ``args.yaml`` holds them; what that leaves out has its default.
+        model: The architecture with the weights, on the CPU, in evaluation mode.
+        weights: The checkpoint's tensors by the model's names, in the type in which they were trained.
+        data_config: timm's preprocessing (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ...).
+        source: Name of the checkpoint file.
+        averaged: Whether the weights are the averaged ones (EMA).
+        epoch: Number of finished epochs, from 1.
+        metrics: What ``summary.csv`` says of these very weights in that epoch; empty where it says nothing.
+        test: What ``test.json`` says of these very weights; empty where it says nothing.
+        environment: The run's hardware and versions, as far as it recorded them.
     """
 
     args: argparse.Namespace
@@ -59,13 +59,13 @@ def read_trained_run(folder: Path, checkpoint: str | None = None, ema: bool | No
     """Read the folder of a training run. Nothing is written, downloaded or, but for timm's models, executed.
 
     Args:
-        folder: holds ``args.yaml`` and checkpoints; written by this package's training command or by timm's.
+        folder: Holds ``args.yaml`` and checkpoints; written by this package's training command or by timm's.
         checkpoint: ``best``, ``last``, or the path of a checkpoint; None takes the best where there is one, else the
             last, as the training command's own export does.
-        ema: whether to take the averaged weights; None takes them if the run averaged.
+        ema: Whether to take the averaged weights; None takes them if the run averaged.
 
     Raises:
-        UsageError: not the folder of a run, no such checkpoint, a damaged file, or weights that do not fit the model.
+        UsageError: Not the folder of a run, no such checkpoint, a damaged file, or weights that do not fit the model.
     """
     if not (folder / "args.yaml").is_file():
         raise UsageError(f"RUN_DIR {folder}: no args.yaml in it, expected the folder of a training run")

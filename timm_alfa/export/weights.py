@@ -1,4 +1,4 @@
-"""Weights for others: a plain timm model as `model.safetensors` and `config.json`, readable without this package."""
+"""Weights for others: a plain timm model as ``model.safetensors`` and ``config.json``, which timm reads by itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from timm.models._hub import save_config_for_hf  # the one writer of timm's conf
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_alfa.atomic import write_file
-from timm_alfa.checkpoint_file import read_checkpoint
+from ..atomic import write_file
+from ..checkpoint_file import read_checkpoint
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "export_checkpoint", "export_model", "plain_weights"]
 
@@ -30,24 +30,24 @@ def export_model(
         state_dict: dict[str, torch.Tensor] | None = None,
         data_config: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a timm model as `folder/model.safetensors` and `folder/config.json`, timm's layout of a model folder.
+    """Write a timm model as ``folder/model.safetensors`` and ``folder/config.json``, timm's layout of a model folder.
 
-    `timm.create_model(architecture, checkpoint_path=...)`, `timm.models.load_checkpoint` and
-    `timm.create_model("local-dir:" + folder, pretrained=True)` read it. Each file replaces an older one in one step.
+    ``timm.create_model(architecture, checkpoint_path=...)``, ``timm.models.load_checkpoint`` and
+    ``timm.create_model("local-dir:" + folder, pretrained=True)`` read it. Each file replaces an older one in one step.
 
     Args:
-        model: a model built by `timm.create_model`, bare or inside DDP, torch.compile or timm's EMA.
-        folder: where to write; created if need be.
-        state_dict: weights to write in place of the model's own; names and shapes must be the model's.
-        data_config: preprocessing to record (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`), the model's
-            own if None.
+        model: A model built by ``timm.create_model``, bare or inside DDP, torch.compile or timm's EMA.
+        folder: Where to write; created if need be.
+        state_dict: Weights to write in place of the model's own; names and shapes must be the model's.
+        data_config: Preprocessing to record (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``), the
+            model's own if None.
 
     Returns:
-        Path of `model.safetensors`.
+        Path of ``model.safetensors``.
 
     Raises:
-        ValueError: the model was not built by timm, or `state_dict` does not fit it.
-        OSError: a file cannot be written; an older one of that name is intact.
+        ValueError: The model was not built by timm, or ``state_dict`` does not fit it.
+        OSError: A file cannot be written; an older one of that name is intact.
     """
     model = unwrap_model(model)
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
@@ -73,19 +73,19 @@ def export_checkpoint(
         *,
         data_config: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the weights of a training checkpoint as `export_model` does; `model` gives the architecture, unchanged.
+    """Write the weights of a training checkpoint as ``export_model`` does; ``model`` gives the architecture, unchanged.
 
     Args:
-        checkpoint_path: file written by the training script or by timm's.
-        model: the model that was trained; its present weights play no part.
-        folder: where to write.
-        use_ema: take the averaged weights (`state_dict_ema`).
-        data_config: as for `export_model`.
+        checkpoint_path: File written by the training script or by timm's.
+        model: The model that was trained; its present weights play no part.
+        folder: Where to write.
+        use_ema: Take the averaged weights (``state_dict_ema``).
+        data_config: As for ``export_model``.
 
     Raises:
-        UsageError: the file is damaged or no checkpoint.
-        ValueError: it has no averaged weights though `use_ema`, or its weights are not those of `model`.
-        OSError: as for `export_model`.
+        UsageError: The file is damaged or no checkpoint.
+        ValueError: It has no averaged weights though ``use_ema``, or its weights are not those of ``model``.
+        OSError: As for ``export_model``.
     """
     checkpoint = read_checkpoint(checkpoint_path, flag="checkpoint")
     key = "state_dict_ema" if use_ema else "state_dict"
@@ -98,11 +98,11 @@ def plain_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict
     """Tensors of a checkpoint by the names of a bare model, in its order.
 
     Args:
-        state_dict: may be that of a model inside DDP or torch.compile.
-        model: the bare model.
+        state_dict: May be that of a model inside DDP or torch.compile.
+        model: The bare model.
 
     Raises:
-        ValueError: names or shapes differ from the model's.
+        ValueError: Names or shapes differ from the model's.
     """
     own, weights = model.state_dict(), clean_state_dict(state_dict)
     wrong = sorted(weights.keys() ^ own.keys()) or [name for name in own if weights[name].shape != own[name].shape]

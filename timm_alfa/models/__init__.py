@@ -5,14 +5,14 @@ Importing this package is all that is needed:
     import timm, timm_alfa.models
     model = timm.create_model("resnet56s", num_classes=10)
 
-`resnet20s` to `resnet110s` are the CIFAR networks of He et al. (2016), section 4.2. `resnet18_cifar` to
-`resnet152_cifar` are the ImageNet networks with a 3x3 stem and no max-pooling.
+``resnet20s`` to ``resnet110s`` are the CIFAR networks of He et al. (2016), section 4.2. ``resnet18_cifar`` to
+``resnet152_cifar`` are the ImageNet networks with a 3x3 stem and no max-pooling.
 """
 
 from __future__ import annotations
 
-from timm_alfa.models.architecture import CifarResNet, PadShortcut, SmallCifarResNet
-from timm_alfa.models.resnet_cifar import (
+from .architecture import CifarResNet, PadShortcut, SmallCifarResNet
+from .resnet_cifar import (
     resnet18_cifar,
     resnet20s,
     resnet32s,

@@ -2,12 +2,12 @@
 
 He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), https://arxiv.org/abs/1512.03385. Two families:
 
-* `SmallCifarResNet` (`resnet20s` to `resnet110s`), section 4.2: three stages of 16, 32 and 64 channels, basic blocks,
-  shortcuts without parameters (option A).
-* `CifarResNet` (`resnet18_cifar` to `resnet152_cifar`): table 1's four stages behind a 3x3 stride-1 stem without
+* ``SmallCifarResNet`` (``resnet20s`` to ``resnet110s``), section 4.2: three stages of 16, 32 and 64 channels, basic
+  blocks, shortcuts without parameters (option A).
+* ``CifarResNet`` (``resnet18_cifar`` to ``resnet152_cifar``): table 1's four stages behind a 3x3 stride-1 stem without
   max-pooling, so that a 32x32 image reaches the classifier as a 4x4 map. Module names are those of timm's ResNet.
 
-Unlike timm's ResNet both start with all batch norm scales at one (`zero_init_last=False`): neither He et al. nor the
+Unlike timm's ResNet both start with all batch norm scales at one (``zero_init_last=False``): neither He et al. nor the
 code that ALFA's authors released zeroes the last scale of each residual branch, a later recipe for large ImageNet
 batches. Otherwise weights are drawn as timm draws them (convolutions He-normal by fan-out, the classifier by torch's
 default); the released ResNet-56s draws both He-normal by fan-in.
@@ -29,14 +29,14 @@ __all__ = ["CifarResNet", "PadShortcut", "SmallCifarResNet"]
 
 
 class PadShortcut(nn.Module):
-    """The option-A shortcut: every `stride`-th pixel, and zeros for the channels that are new. No parameters.
+    """The option-A shortcut: every ``stride``-th pixel, and zeros for the channels that are new. No parameters.
 
-    `[B, in_chs, H, W] -> [B, out_chs, ceil(H / stride), ceil(W / stride)]`. The zeros are split evenly before and after
-    the input's channels (an odd one goes after), as in the code that ALFA's authors released. He et al. leave their
-    place open, and it makes no difference to training: weights are drawn alike for every channel.
+    ``[B, in_chs, H, W] -> [B, out_chs, ceil(H / stride), ceil(W / stride)]``. The zeros are split evenly before and
+    after the input's channels (an odd one goes after), as in the code that ALFA's authors released. He et al. leave
+    their place open, and it makes no difference to training: weights are drawn alike for every channel.
 
     Raises:
-        ValueError: `out_chs` is smaller than `in_chs`.
+        ValueError: ``out_chs`` is smaller than ``in_chs``.
     """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int = 1) -> None:
@@ -48,7 +48,7 @@ class PadShortcut(nn.Module):
         self.after = out_chs - in_chs - self.before
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The shortcut of `x`, [B, in_chs, H, W]."""
+        """The shortcut of ``x``, [B, in_chs, H, W]."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
     def extra_repr(self) -> str:
@@ -77,7 +77,7 @@ class CifarResNet(ResNet):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `output_stride` is not 2, 4 or 8.
+        ValueError: ``output_stride`` is not 2, 4 or 8.
     """
 
     feature_info: list[dict[str, Any]]
@@ -133,7 +133,7 @@ class CifarResNet(ResNet):
             stage["reduction"] //= 4
 
     def init_weights(self, zero_init_last: bool = False) -> None:
-        """Draw the convolutions anew as He et al. (2015) do; `zero_init_last` as in the constructor."""
+        """Draw the convolutions anew as He et al. (2015) do; ``zero_init_last`` as in the constructor."""
         super().init_weights(zero_init_last=zero_init_last)
 
 
@@ -146,11 +146,11 @@ class SmallCifarResNet(CifarResNet):
         block: Residual block class of timm's ResNet.
         layers: Number of blocks of each of the three stages.
         channels: Width of each stage, before the block's expansion.
-        kwargs: The other arguments of `CifarResNet`.
+        kwargs: The other arguments of ``CifarResNet``.
 
     Raises:
-        ValueError: there are not three stages, a stage is narrower than the one before, or `output_stride` is not 2, 4
-            or 8.
+        ValueError: There are not three stages, a stage is narrower than the one before, or ``output_stride`` is not 2,
+            4 or 8.
     """
 
     layer1: nn.Sequential
@@ -178,7 +178,7 @@ class SmallCifarResNet(CifarResNet):
         return [self.layer1, self.layer2, self.layer3]
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images `x` [B, in_chans, H, W] to the last stage's features [B, num_features, H / 4, W / 4]."""
+        """Images ``x`` [B, in_chans, H, W] to the last stage's features [B, num_features, H / 4, W / 4]."""
         x = self.act1(self.bn1(self.conv1(x)))
         if self.grad_checkpointing:
             return checkpoint_seq(self._stages(), x, flatten=True)  # block by block, as timm's ResNet does
@@ -193,7 +193,7 @@ class SmallCifarResNet(CifarResNet):
             output_fmt: str = "NCHW",
             intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the features and collect those of `feature_info` on the way.
+        """Run the features and collect those of ``feature_info`` on the way.
 
         Args:
             x: Images, [B, in_chans, H, W].
@@ -228,7 +228,7 @@ class SmallCifarResNet(CifarResNet):
         """Empty the stages after the last chosen feature, and drop the classifier where it no longer fits.
 
         Args:
-            indices: Chosen features, as in `forward_intermediates`.
+            indices: Chosen features, as in ``forward_intermediates``.
             prune_norm: Without effect, there is no final norm.
             prune_head: Drop pooling and classifier even if all stages stay.
 

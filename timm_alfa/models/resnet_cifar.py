@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from timm_alfa.models.architecture import CifarResNet, SmallCifarResNet
+from .architecture import CifarResNet, SmallCifarResNet
 
 __all__: list[str] = []  # register_model adds the entry points
 
@@ -17,7 +17,7 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 def _cfg(pool_size: tuple[int, int]) -> dict[str, Any] | PretrainedCfg:
-    """Data settings for CIFAR-10, without weights; `pool_size` is that of the last features."""
+    """Data settings for CIFAR-10, without weights; ``pool_size`` is that of the last features."""
     return PretrainedCfg(
         num_classes=10,
         input_size=(3, 32, 32),
@@ -39,7 +39,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_small(variant: str, blocks: int, pretrained: bool, **kwargs: Any) -> SmallCifarResNet:
-    """Build a `SmallCifarResNet` with `blocks` basic blocks per stage."""
+    """Build a ``SmallCifarResNet`` with ``blocks`` basic blocks per stage."""
     model_args: dict[str, Any] = {"block": BasicBlock, "layers": (blocks,) * 3, **kwargs}
     feature_cfg = {"out_indices": (0, 1, 2, 3)}
     return build_model_with_cfg(SmallCifarResNet, variant, pretrained, feature_cfg=feature_cfg, **model_args)
@@ -52,7 +52,7 @@ def _create(
         pretrained: bool,
         **kwargs: Any,
 ) -> CifarResNet:
-    """Build a four-stage `CifarResNet`."""
+    """Build a four-stage ``CifarResNet``."""
     model_args: dict[str, Any] = {"block": block, "layers": layers, **kwargs}
     return build_model_with_cfg(CifarResNet, variant, pretrained, **model_args)
 

@@ -23,14 +23,14 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str, flag: str = "--config") -> str:
-    """Path of the configuration file that `name` means: a file of that path, or else a recipe of that name.
+    """Path of the configuration file that ``name`` means: a file of that path, or else a recipe of that name.
 
     Args:
         name: As the user wrote it.
         flag: Where; the error starts with it.
 
     Raises:
-        UsageError: there is neither.
+        UsageError: There is neither.
     """
     if name in recipe_names() and not os.path.isfile(name):
         return str(_FOLDER / f"{name}.yaml")

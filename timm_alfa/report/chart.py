@@ -94,7 +94,7 @@ def _axis(
         *,
         whole: bool = False,
 ) -> tuple[list[float], Callable[[float], float]]:
-    """Ticks, and the map from values to positions; values reach from `start` to `end`."""
+    """Ticks, and the map from values to positions; values reach from ``start`` to ``end``."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = 0.5 if whole else 0.1 * abs(low) or 1.0
         low, high = low - margin, high + margin

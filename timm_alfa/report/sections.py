@@ -55,7 +55,7 @@ def overlay(
         *,
         zero: bool = False,
 ) -> Element | None:
-    """One line per labelled run: the first of `columns` that it has."""
+    """One line per labelled run: the first of ``columns`` that it has."""
     lines = []
     for index, (label, record) in enumerate(runs):
         series = next((found for column in columns if (found := record.series(column))[1]), ([], []))

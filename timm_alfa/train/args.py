@@ -17,7 +17,7 @@ from .parser import HelpFormatter, TrainParser, add_refused_arguments, check_ref
 
 
 def build_parser() -> TrainParser:
-    """Returns the parser of every flag, without values from a ``--config`` file."""
+    """Return the parser of every flag, without values from a ``--config`` file."""
     parser = TrainParser(
         prog="train_alfa.py",
         description="Train an image classifier as timm's train.py does, with adversarial feature augmentation (ALFA).",
@@ -48,8 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv: Arguments without the program's name; None takes those of the process.
 
     Raises:
-        UsageError: a flag, value or combination that cannot be run.
-        SystemExit: after ``--help``.
+        UsageError: A flag, value or combination that cannot be run.
+        SystemExit: After ``--help``.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()

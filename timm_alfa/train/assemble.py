@@ -94,12 +94,12 @@ def assemble(
         *,
         datasets: tuple[Any, Any] | None = None,
 ) -> Plan:
-    """Builds every part of a run and puts `checkpoint` back into them. Nothing is written.
+    """Build every part of a run and puts ``checkpoint`` back into them. Nothing is written.
 
-    `datasets`, for training and validation, take the place of those that the flags name.
+    ``datasets``, for training and validation, take the place of those that the flags name.
 
     Raises:
-        UsageError: something that was asked for cannot be had.
+        UsageError: Something that was asked for cannot be had.
     """
     model, data_config, device = create_seeded_model(args)
     precision = create_precision(args, device)

@@ -1,4 +1,4 @@
-"""`--cache-images`: decoded images kept in memory, and augmentation of whole batches on the device.
+"""``--cache-images``: decoded images kept in memory, and augmentation of whole batches on the device.
 
 At 32x32 pixels decoding and transforming image by image takes longer than a training step. Here every image is decoded
 once, by the ordinary dataset, and a batch costs a few operations on one tensor.
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from timm_alfa.errors import UsageError
-from timm_alfa.flags import shown, spelled
-from timm_alfa.train.data_check import STREAMS, dataset_kind
+from ..errors import UsageError
+from ..flags import shown, spelled
+from .data_check import STREAMS, dataset_kind
 
 __all__ = ["BatchAugmentation", "CachedLoader", "check_cache_arguments", "read_images"]
 
@@ -34,13 +34,13 @@ READ_BATCH = 256
 class BatchAugmentation:
     """Random crops of padded images, and random flips, drawn for each image of a batch.
 
-    The distribution is that of torchvision's `RandomCrop(size, padding=padding)`, `RandomHorizontalFlip(hflip)` and
-    `RandomVerticalFlip(vflip)`. Draws come from torch's generator of the CPU, whatever the device is.
+    The distribution is that of torchvision's ``RandomCrop(size, padding=padding)``, ``RandomHorizontalFlip(hflip)`` and
+    ``RandomVerticalFlip(vflip)``. Draws come from torch's generator of the CPU, whatever the device is.
 
     Args:
-        padding: zero pixels around the image before the crop of the image's size; 0 for no crop.
-        hflip: probability of a horizontal flip.
-        vflip: probability of a vertical flip.
+        padding: Zero pixels around the image before the crop of the image's size; 0 for no crop.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
     """
 
     def __init__(self, padding: int, hflip: float, vflip: float) -> None:
@@ -49,7 +49,7 @@ class BatchAugmentation:
         self.vflip = vflip
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Augment `images` [B, C, H, W] of any type."""
+        """Augment ``images`` [B, C, H, W] of any type."""
         if self.padding:
             images = self._crop(images)
         if self.hflip:
@@ -77,8 +77,8 @@ class CachedLoader:
     is drawn in this process, so that restoring its random state resumes a run exactly.
 
     Args:
-        loader: timm's loader, its transforms giving `uint8` tensors [C, H, W], all of one size.
-        augment: applied to batches [B, C, H, W] on the device; None for validation.
+        loader: timm's loader, its transforms giving ``uint8`` tensors [C, H, W], all of one size.
+        augment: Applied to batches [B, C, H, W] on the device; None for validation.
     """
 
     def __init__(self, loader: PrefetchLoader, augment: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -124,14 +124,14 @@ def read_images(dataset: Dataset[Any], workers: int) -> tuple[Tensor, Tensor]:
     """Read a whole dataset, in order.
 
     Args:
-        dataset: items `(image, target)`, the image a `uint8` tensor or array [C, H, W].
-        workers: processes that decode.
+        dataset: Items ``(image, target)``, the image a ``uint8`` tensor or array [C, H, W].
+        workers: Processes that decode.
 
     Returns:
-        Images [N, C, H, W] of type `uint8` and class indices [N].
+        Images [N, C, H, W] of type ``uint8`` and class indices [N].
 
     Raises:
-        UsageError: the images differ in size, or do not fit in this machine's memory.
+        UsageError: The images differ in size, or do not fit in this machine's memory.
     """
     start = time.monotonic()
     count = len(dataset)  # type: ignore[arg-type]  # a map-style dataset has a length
@@ -178,7 +178,7 @@ def check_cache_arguments(args: argparse.Namespace) -> None:
     """Check that --cache-images can do what the other flags ask for.
 
     Raises:
-        UsageError: naming the flag that does not go with it.
+        UsageError: Naming the flag that does not go with it.
     """
     if not args.cache_images:
         return

@@ -11,10 +11,10 @@ import torch
 from timm.utils import CheckpointSaver, get_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from timm_alfa.atomic import duplicate_file, replace_file, write_file
-from timm_alfa.checkpoint_file import read_checkpoint
-from timm_alfa.errors import UsageError
-from timm_alfa.train.random_state import gather_random_states, restore_random_state
+from ..atomic import duplicate_file, replace_file, write_file
+from ..checkpoint_file import read_checkpoint
+from ..errors import UsageError
+from .random_state import gather_random_states, restore_random_state
 
 __all__ = [
     "CheckpointError",
@@ -31,22 +31,22 @@ class CheckpointError(OSError):
 
 
 class TrainCheckpointSaver(CheckpointSaver):
-    """timm's saver (same file names, ranked history, `last`, `model_best`, milestones, recovery) with safe writes.
+    """timm's saver (same file names, ranked history, ``last``, ``model_best``, milestones, recovery) with safe writes.
 
-    Every file is written beside its final place, forced to the disk and renamed, so `last` is at every moment a whole
-    checkpoint. Checkpoints have one more key, `random_states`, with one entry per rank.
+    Every file is written beside its final place, forced to the disk and renamed, so ``last`` is at every moment a whole
+    checkpoint. Checkpoints have one more key, ``random_states``, with one entry per rank.
 
     Attributes:
-        random_states: what `gather_random_states()` returned; the training loop sets it before it saves.
+        random_states: What ``gather_random_states()`` returned; the training loop sets it before it saves.
 
     Raises:
-        CheckpointError: from every `save_*` method, when a file cannot be written (disk full, folder gone).
+        CheckpointError: From every ``save_*`` method, when a file cannot be written (disk full, folder gone).
     """
 
     random_states: list[dict[str, Any]] | None = None
 
     def load_state_dict_from_checkpoint(self, checkpoint_path: str) -> bool:
-        """Restore the history, and finish the ranking where a kill came after `last` and before the ranked files."""
+        """Restore the history, and finish the ranking where a kill came after ``last`` and before the ranked files."""
         in_place = Path(checkpoint_path).resolve().parent == Path(self.checkpoint_dir).resolve()
         if in_place:
             self._keep_if_unranked(checkpoint_path, load_checkpoint_metadata(checkpoint_path).get("saver"))
@@ -110,13 +110,13 @@ def find_resume(resume: str, output: str, experiment: str) -> str:
     """Turn the value of --resume into the path of a checkpoint file, or '' when there is nothing to resume.
 
     Args:
-        resume: '' (start anew), the path of a checkpoint, or `auto`: `last.pth.tar` of the experiment's folder, else
-            its newest recovery checkpoint, else ''.
-        output: value of --output; '' is timm's `./output/train`.
-        experiment: value of --experiment, which `auto` needs.
+        resume: '' (start anew), the path of a checkpoint, or ``auto``: ``last.pth.tar`` of the experiment's folder,
+            else its newest recovery checkpoint, else ''.
+        output: Value of --output; '' is timm's ``./output/train``.
+        experiment: Value of --experiment, which ``auto`` needs.
 
     Raises:
-        UsageError: `auto` without an experiment, or no file at the path.
+        UsageError: ``auto`` without an experiment, or no file at the path.
     """
     if not resume:
         return ""

@@ -46,7 +46,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises `UsageError` for the first value or combination that cannot work."""
+    """Raise ``UsageError`` for the first value or combination that cannot work."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):

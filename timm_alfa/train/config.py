@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load_config(path: str, parser: argparse.ArgumentParser, flag: str = "--config") -> dict[str, Any]:
-    """Reads a YAML mapping of flag names to values, as defaults for `parser`.
+    """Read a YAML mapping of flag names to values, as defaults for ``parser``.
 
     Keys are flag names with ``_`` or ``-``; unknown ones are warned about and left out. A value must be what the
     flag would take on the command line; ``null`` stands for a default that is itself None. The key ``base`` names
@@ -30,7 +30,7 @@ def load_config(path: str, parser: argparse.ArgumentParser, flag: str = "--confi
         flag: How the user named the file; errors start with it.
 
     Raises:
-        UsageError: the file cannot be read, is not plain YAML, is not a mapping, or a value has the wrong type.
+        UsageError: The file cannot be read, is not plain YAML, is not a mapping, or a value has the wrong type.
     """
     path = find_recipe(path, flag)
     content = _read(path, flag)
@@ -86,7 +86,7 @@ def _describe(error: Exception) -> str:
 
 
 def _convert(value: Any, action: argparse.Action) -> Any:
-    """Returns `value` as `action` would have parsed it; ValueError says what was expected."""
+    """Return ``value`` as ``action`` would have parsed it; ValueError says what was expected."""
     if value is None and action.default is None:
         return None
     if isinstance(action.const, bool):  # store_true and store_false

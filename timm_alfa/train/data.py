@@ -8,12 +8,12 @@ from typing import Any
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 
-from timm_alfa.errors import UsageError
-from timm_alfa.train.data_check import check_data_arguments, data_root, dataset_kind
-from timm_alfa.train.digits import Digits
-from timm_alfa.train.images import NamedImageDataset
-from timm_alfa.train.split import Part, split_training_set
-from timm_alfa.train.text import mistakes_in_one_line
+from ..errors import UsageError
+from .data_check import check_data_arguments, data_root, dataset_kind
+from .digits import Digits
+from .images import NamedImageDataset
+from .split import Part, split_training_set
+from .text import mistakes_in_one_line
 
 __all__ = [
     "check_class_count",
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def default_class_count(args: argparse.Namespace) -> int | None:
-    """What --num-classes is when it is left out: 10 for `--dataset digits`, else None (the model's own default)."""
+    """What --num-classes is when it is left out: 10 for ``--dataset digits``, else None (the model's own default)."""
     return len(Digits.classes) if dataset_kind(args) == "digits" else None
 
 
@@ -35,11 +35,11 @@ def create_datasets(args: argparse.Namespace, data_config: dict[str, Any]) -> tu
     With --val-fraction the latter is a part of the training split.
 
     Args:
-        args: parsed flags of the dataset group, batch size, seed and epoch repeats.
-        data_config: `timm.data.resolve_data_config`'s result; `input_size` [C, H, W] decides between RGB and grey.
+        args: Parsed flags of the dataset group, batch size, seed and epoch repeats.
+        data_config: ``timm.data.resolve_data_config``'s result; ``input_size`` [C, H, W] decides between RGB and grey.
 
     Raises:
-        UsageError: the dataset or split does not exist, is empty, or its package is missing.
+        UsageError: The dataset or split does not exist, is empty, or its package is missing.
     """
     whole = _create_dataset(args, data_config, "--train-split", args.train_split, is_training=True)
     train, held_out = split_training_set(args, whole)
@@ -49,7 +49,7 @@ def create_datasets(args: argparse.Namespace, data_config: dict[str, Any]) -> tu
 
 
 def create_test_set(args: argparse.Namespace, data_config: dict[str, Any]) -> Dataset[Any] | None:
-    """Create the dataset of --test-split as `create_datasets` does; None without the flag."""
+    """Create the dataset of --test-split as ``create_datasets`` does; None without the flag."""
     if not args.test_split:
         return None
     return _create_dataset(args, data_config, "--test-split", args.test_split, is_training=False)
@@ -64,13 +64,13 @@ def check_class_count(
     """Check that the model has an output for every class, and that both splits number their classes alike.
 
     Args:
-        args: parsed flags; `num_classes` is the model's number of outputs by now.
-        dataset_train: the training set.
-        dataset_eval: validation or test set.
-        flag: which of the two it is.
+        args: Parsed flags; ``num_classes`` is the model's number of outputs by now.
+        dataset_train: The training set.
+        dataset_eval: Validation or test set.
+        flag: Which of the two it is.
 
     Raises:
-        UsageError: fewer outputs than classes, or splits whose classes differ (the same target would mean two things).
+        UsageError: Fewer outputs than classes, or splits whose classes differ (the same target would mean two things).
     """
     classes = _class_to_index(dataset_train)
     if classes.keys() == {""}:

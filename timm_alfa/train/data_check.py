@@ -9,8 +9,8 @@ from pathlib import Path
 
 from timm.data import get_img_extensions
 
-from timm_alfa.errors import UsageError
-from timm_alfa.train.digits import HELD_OUT_SPLITS, TRAIN_SPLITS
+from ..errors import UsageError
+from .digits import HELD_OUT_SPLITS, TRAIN_SPLITS
 
 __all__ = ["STREAMS", "check_data_arguments", "data_root", "dataset_kind"]
 
@@ -29,7 +29,7 @@ _SYNONYMS = (TRAIN_SPLITS, ("val", "valid", "validation", "eval", "evaluation"))
 
 
 def dataset_kind(args: argparse.Namespace) -> str:
-    """Kind of dataset that --dataset names: `digits`, `torch`, `hfds`, `hfids`, `tfds`, `wds`, or '' for folders."""
+    """What --dataset names: ``digits``, ``torch``, ``hfds``, ``hfids``, ``tfds``, ``wds``, or '' for folders."""
     prefix, slash, _ = args.dataset.partition("/")
     return prefix.lower() if prefix and slash else args.dataset
 
@@ -43,7 +43,7 @@ def check_data_arguments(args: argparse.Namespace) -> None:
     """Check what can be checked of the dataset flags before a model is built.
 
     Raises:
-        UsageError: unknown kind of dataset, its package is not installed, --data-dir is missing or has no images, a
+        UsageError: Unknown kind of dataset, its package is not installed, --data-dir is missing or has no images, a
             split has no folder in it, or --test-split is what is trained or validated on.
     """
     kind = dataset_kind(args)
@@ -131,7 +131,7 @@ def _train_folder(root: str, split: str) -> str | None:
 
 
 def _split_folder(root: str, split: str) -> str | None:
-    """The folder that timm takes for the split; None where it would fall back on `root` itself, all splits together."""
+    """The folder that timm takes for the split; None where it would take ``root`` itself, all splits together."""
     name = split.split("[")[0]
     names = (name, *next((group for group in _SYNONYMS if name in group), ()))
     return next((path for path in (os.path.join(root, n) for n in names) if os.path.exists(path)), None)

@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check_device(device: str, *, given: bool) -> None:
-    """Raises `UsageError` for a device that does not exist here.
+    """Raise ``UsageError`` for a device that does not exist here.
 
     Args:
         device: Value of ``--device``.
@@ -88,7 +88,7 @@ class Precision:
 
 
 def create_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """Resolves ``--amp``, ``--amp-dtype`` and ``--model-dtype``."""
+    """Resolve ``--amp``, ``--amp-dtype`` and ``--model-dtype``."""
     model_dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     if model_dtype == torch.float16:
         _logger.warning("--model-dtype float16: training in pure float16 rarely converges; bfloat16 or --amp does.")

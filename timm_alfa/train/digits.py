@@ -1,4 +1,4 @@
-"""`--dataset digits`: real images that come with scikit-learn, so that a first run needs no download."""
+"""``--dataset digits``: real images that come with scikit-learn, so that a first run needs no download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from timm_alfa.errors import UsageError
+from ..errors import UsageError
 
 __all__ = ["HELD_OUT_SPLITS", "TRAIN_SPLITS", "Digits"]
 
@@ -25,16 +25,16 @@ class Digits(Dataset[tuple[Any, int]]):
     Every fifth image of the set, sorted by class, is held out: 1,437 images to train on and 360 to test on, each class
     in both to within one image of its share. The split depends on no seed.
 
-    Items are `(image, target)`: a 32x32 PIL image, enlarged once by bicubic interpolation, or whatever `transform`
+    Items are ``(image, target)``: a 32x32 PIL image, enlarged once by bicubic interpolation, or whatever ``transform``
     makes of it, and a class index in 0..9.
 
     Args:
-        split: `train` (or `training`), or a name of the held-out part: `validation`, `val`, `test`, ...
-        input_img_mode: PIL mode of the images, `RGB` or `L` for one channel.
-        transform: applied to the image; `timm.data.create_loader` sets it.
+        split: ``train`` (or ``training``), or a name of the held-out part: ``validation``, ``val``, ``test``, ...
+        input_img_mode: PIL mode of the images, ``RGB`` or ``L`` for one channel.
+        transform: Applied to the image; ``timm.data.create_loader`` sets it.
 
     Raises:
-        UsageError: unknown split, or scikit-learn is not installed.
+        UsageError: Unknown split, or scikit-learn is not installed.
     """
 
     classes = tuple(str(digit) for digit in range(10))

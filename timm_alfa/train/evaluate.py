@@ -29,9 +29,9 @@ def validate(
         precision: Precision,
         label: str = "Test",
 ) -> dict[str, float]:
-    """Returns ``loss``, ``top1`` and ``top5`` (percent) over all of `loader`, the same on every rank.
+    """Return ``loss``, ``top1`` and ``top5`` (percent) over all of ``loader``, the same on every rank.
 
-    Padding that a distributed sampler adds is not counted. `model` is left in eval mode.
+    Padding that a distributed sampler adds is not counted. ``model`` is left in eval mode.
     """
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     batch_time = AverageMeter()

@@ -18,7 +18,7 @@ class FiniteCheck:
     """Watches the steps of one epoch. Reading the loss, which a loop does anyway, is its only wait for the device.
 
     Args:
-        args: Flags; `distributed`, `rank` and `world_size` are set.
+        args: Flags; ``distributed``, ``rank`` and ``world_size`` are set.
         device: Where losses are.
         epoch: Its number, for the error.
     """
@@ -31,7 +31,7 @@ class FiniteCheck:
         self._bad: list[str] = []  # of this rank, in the batches of the current update
 
     def read(self, loss: Tensor, finite: Mapping[str, Tensor], *, update: bool) -> float:
-        """Returns a batch's loss as a number, before anything is done with its gradients.
+        """Return a batch's loss as a number, before anything is done with its gradients.
 
         Args:
             loss: [].
@@ -39,7 +39,7 @@ class FiniteCheck:
             update: Whether the optimizer steps after this batch; the ranks then agree, so every one has to call.
 
         Raises:
-            NonFiniteError: with `update`, if anything in the batches since the last one was not finite on any rank.
+            NonFiniteError: With ``update``, if anything in the batches since the last one was not finite on any rank.
         """
         names = ["loss", *finite]
         flags = torch.stack([loss.detach().isfinite(), *finite.values()])
@@ -62,7 +62,7 @@ def check_weights(args: argparse.Namespace, module: nn.Module, device: torch.dev
     """Weights that cannot be used are not saved over a checkpoint that can; every rank has to call.
 
     Raises:
-        NonFiniteError: a parameter of `module` is not finite on any rank.
+        NonFiniteError: A parameter of ``module`` is not finite on any rank.
     """
     names, tensors = zip(*module.named_parameters(), strict=True)
     flags = torch.stack([is_finite([tensor]) for tensor in tensors]).tolist()
@@ -75,7 +75,7 @@ def check_weights(args: argparse.Namespace, module: nn.Module, device: torch.dev
 
 
 def _stop(args: argparse.Namespace, bad: list[str], when: str) -> None:
-    """Raises the same error on every rank."""
+    """Raise the same error on every rank."""
     by_rank: list[Any] = [bad]
     if args.distributed:
         by_rank = [None] * args.world_size

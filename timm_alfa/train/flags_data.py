@@ -8,7 +8,7 @@ from .parser import ParseKeyValues
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say where images and labels come from."""
+    """Add the flags that say where images and labels come from."""
     parser.add_argument("data", nargs="?", metavar="DIR", help="dataset root; old form of --data-dir")
     group = parser.add_argument_group("Dataset parameters")
     add = group.add_argument
@@ -36,7 +36,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say which model is built, from which weights, for which input."""
+    """Add the flags that say which model is built, from which weights, for which input."""
     group = parser.add_argument_group("Model parameters")
     add = group.add_argument
     add("--model", default="resnet50", type=str, metavar="NAME", help="timm model to train")
@@ -73,7 +73,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_batchnorm_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the batch norm group."""
+    """Add the batch norm group."""
     group = parser.add_argument_group("Batch norm parameters")
     add = group.add_argument
     add("--bn-momentum", type=float, default=None, metavar="M", help="momentum of batch norms, where a model takes it")
@@ -84,7 +84,7 @@ def add_batchnorm_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ema_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the weight averaging group."""
+    """Add the weight averaging group."""
     group = parser.add_argument_group("Model exponential moving average parameters")
     add = group.add_argument
     add("--model-ema", action="store_true", help="keep a moving average of the weights; validation then uses it")
@@ -94,7 +94,7 @@ def add_ema_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the device and precision group."""
+    """Add the device and precision group."""
     group = parser.add_argument_group("Device parameters")
     add = group.add_argument
     add("--device", default="cuda", type=str, metavar="NAME",
@@ -111,7 +111,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the miscellaneous group: seeds, intervals, output, logging."""
+    """Add the miscellaneous group: seeds, intervals, output, logging."""
     group = parser.add_argument_group("Miscellaneous parameters")
     add = group.add_argument
     add("--seed", type=int, default=42, metavar="N", help="random seed; each rank adds its number")

@@ -8,7 +8,7 @@ from .parser import ParseKeyValues
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the optimizer group."""
+    """Add the optimizer group."""
     group = parser.add_argument_group("Optimizer parameters")
     add = group.add_argument
     add("--opt", default="sgd", type=str, metavar="NAME", help="timm optimizer")
@@ -27,7 +27,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the learning rate schedule group, epochs included."""
+    """Add the learning rate schedule group, epochs included."""
     group = parser.add_argument_group("Learning rate schedule parameters")
     add = group.add_argument
     add("--sched", type=str, default="cosine", metavar="NAME",
@@ -65,7 +65,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the augmentation and regularization group."""
+    """Add the augmentation and regularization group."""
     group = parser.add_argument_group("Augmentation and regularization parameters")
     add = group.add_argument
     add("--no-aug", action="store_true", help="no training augmentation, whatever other flags say")
@@ -106,7 +106,7 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_resolution_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the scheduled-resolution group."""
+    """Add the scheduled-resolution group."""
     group = parser.add_argument_group("Scheduled resolution parameters")
     add = group.add_argument
     add("--train-img-sizes", type=int, nargs="+", default=None, metavar="N", help="sides of square training batches")

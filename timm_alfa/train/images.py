@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 from timm.data import ImageDataset
 
-from timm_alfa.errors import DataError
-from timm_alfa.train.text import one_line
+from ..errors import DataError
+from .text import one_line
 
 __all__ = ["NamedImageDataset"]
 
@@ -23,13 +23,13 @@ _MAX_CONSECUTIVE = int(os.environ.get("TIMM_DATASET_MAX_RETRIES") or 10)
 
 
 class NamedImageDataset(ImageDataset):
-    """A `timm.data.ImageDataset` whose warnings and errors about images that do not decode name the file.
+    """A ``timm.data.ImageDataset`` whose warnings and errors about images that do not decode name the file.
 
     As in timm, such an image is replaced by the next one, and after ten in a row (or TIMM_DATASET_MAX_RETRIES) loading
     ends with a DataError.
 
     Args:
-        dataset: the dataset to read as; its reader, mode and transforms are taken over.
+        dataset: The dataset to read as; its reader, mode and transforms are taken over.
     """
 
     def __init__(self, dataset: ImageDataset) -> None:

@@ -12,11 +12,11 @@ from timm.data.transforms import MaybePILToTensor
 from torch.utils.data import IterableDataset
 from torchvision.transforms import RandomCrop
 
-from timm_alfa.errors import UsageError
-from timm_alfa.train.cache import BatchAugmentation, CachedLoader
-from timm_alfa.train.data_check import dataset_kind
-from timm_alfa.train.random_state import randomness_kept
-from timm_alfa.train.text import mistakes_in_one_line
+from ..errors import UsageError
+from .cache import BatchAugmentation, CachedLoader
+from .data_check import dataset_kind
+from .random_state import randomness_kept
+from .text import mistakes_in_one_line
 
 __all__ = ["create_loaders"]
 
@@ -32,17 +32,17 @@ def create_loaders(
         img_dtype: torch.dtype | None,
         collate_fn: Callable[..., Any] | None,
 ) -> tuple[Any, Any | None, Any | None]:
-    """Create the loaders with their transforms, set on the datasets, by `timm.data.create_loader`.
+    """Create the loaders with their transforms, set on the datasets, by ``timm.data.create_loader``.
 
     Workers start anew every epoch, so that what they draw follows from the main process's random state alone and a run
     can be resumed exactly; with --use-multi-epochs-loader they persist, as in timm. With --cache-images training and
     validation images are read here, once.
 
     Args:
-        args: parsed flags, with `prefetcher` and `distributed` set.
-        data_config: `timm.data.resolve_data_config`'s result.
-        device: where batches go.
-        img_dtype: dtype of the batches; None is float32.
+        args: Parsed flags, with ``prefetcher`` and ``distributed`` set.
+        data_config: ``timm.data.resolve_data_config``'s result.
+        device: Where batches go.
+        img_dtype: Dtype of the batches; None is float32.
         collate_fn: Mixup's collate for the training loader, or None.
 
     Returns:

@@ -36,7 +36,7 @@ def setup_logging(*, primary: bool) -> None:
 
 
 def progress_bar(total: int, description: str, *, primary: bool) -> tqdm[NoReturn]:
-    """Returns a bar over `total` batches; disabled (``bar.disable``) unless the primary process has a terminal."""
+    """Return a bar over ``total`` batches; disabled (``bar.disable``) unless the primary process has a terminal."""
     return tqdm(
         total=total,
         desc=description,

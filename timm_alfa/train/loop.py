@@ -77,12 +77,12 @@ class Training:
 
 
 def updates_per_epoch(args: argparse.Namespace, loader: Any) -> int:
-    """Returns the number of optimizer steps that one pass over `loader` makes."""
+    """Return the number of optimizer steps that one pass over ``loader`` makes."""
     return -(-len(loader) // args.grad_accum_steps)
 
 
 def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
-    """Trains for one pass over the loader; returns its metrics, averaged over all ranks.
+    """Train for one pass over the loader; returns its metrics, averaged over all ranks.
 
     Args:
         run: The parts of the run.
@@ -170,7 +170,7 @@ def _switch_mixup_off(run: Training, epoch: int) -> None:
 
 
 def prepare_batch(run: Training, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns a batch of the loader as the task takes it: on its device, mixed, in its memory layout."""
+    """Return a batch of the loader as the task takes it: on its device, mixed, in its memory layout."""
     if not run.args.prefetcher:
         images = images.to(device=run.device, dtype=run.precision.model_dtype)
         target = target.to(device=run.device)
@@ -190,7 +190,7 @@ def _step(
         accumulated: int,
         update: bool,
 ) -> float:
-    """Runs forward and backward and, if `update`, the optimizer; returns the batch's share of the update's loss."""
+    """Run forward and backward and, if ``update``, the optimizer; returns the batch's share of the update's loss."""
     args, task, optimizer = run.args, run.task, run.optimizer
     second_order = getattr(optimizer, "is_second_order", False)
     with contextlib.nullcontext() if update else task.no_sync():
@@ -232,7 +232,7 @@ def _batch_scale(run: Training, batch_size: int) -> float:
 
 
 def _loss_text(run: Training, losses: utils.AverageMeter) -> str:
-    """Returns the part of the log line about losses; every rank calls it."""
+    """Return the part of the log line about losses; every rank calls it."""
     text = f"Loss: {_mean_over_ranks(run, losses.val):#.3g} ({_mean_over_ranks(run, losses.avg):#.3g})"
     extra = run.task.interval_text() if isinstance(run.task, ReportingTask) else ""
     return f"{text}  {extra}" if extra else text
@@ -246,7 +246,7 @@ def _mean_over_ranks(run: Training, value: float) -> float:
 
 
 def save_recovery(run: Training, epoch: int, position: int) -> None:
-    """Writes a recovery checkpoint; every rank calls it, for its random state."""
+    """Write a recovery checkpoint; every rank calls it, for its random state."""
     states = gather_random_states()
     if run.saver is not None:
         run.saver.random_states = states

@@ -25,10 +25,10 @@ _logger = logging.getLogger(__name__)
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
-    """Creates ``--model`` on the CPU and sets ``args.num_classes`` to its number of classes.
+    """Create ``--model`` on the CPU and sets ``args.num_classes`` to its number of classes.
 
     Raises:
-        UsageError: there is no such model, or it cannot be built with these flags or from these weights.
+        UsageError: There is no such model, or it cannot be built with these flags or from these weights.
     """
     if ":" not in args.model and not is_model(args.model):
         name = args.model.partition(".")[0]
@@ -105,7 +105,7 @@ def _initialize_head(args: argparse.Namespace, model: Any) -> None:
 
 
 def check_forward(args: argparse.Namespace, model: nn.Module, input_size: Sequence[int], precision: Precision) -> None:
-    """Raises `UsageError` if `model` cannot take a `[C, H, W]` image of `input_size`; nothing random is drawn.
+    """Raise ``UsageError`` if ``model`` cannot take a ``[C, H, W]`` image of ``input_size``; nothing random is drawn.
 
     Many models are built for one size, and would otherwise fail only when training has begun.
     """

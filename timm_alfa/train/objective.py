@@ -15,7 +15,7 @@ def is_mixing(args: argparse.Namespace) -> bool:
 
 
 def create_mixup(args: argparse.Namespace) -> tuple[FastCollateMixup | None, Mixup | None]:
-    """Returns ``(collate_fn, mixup_fn)``: mixing belongs to the loader where it collates for the prefetcher."""
+    """Return ``(collate_fn, mixup_fn)``: mixing belongs to the loader where it collates for the prefetcher."""
     if not is_mixing(args):
         return None, None
     settings = {
@@ -34,7 +34,7 @@ def create_mixup(args: argparse.Namespace) -> tuple[FastCollateMixup | None, Mix
 
 
 def create_criterion(args: argparse.Namespace) -> nn.Module:
-    """Returns the training loss; Mixup's targets are smoothed already."""
+    """Return the training loss; Mixup's targets are smoothed already."""
     mixing = is_mixing(args)
     if args.bce_loss and (mixing or args.smoothing):
         smoothing = {} if mixing else {"smoothing": args.smoothing}

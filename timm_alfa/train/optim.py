@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 def resolve_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
-    """Sets ``args.lr`` from ``--lr-base`` where ``--lr`` was left out (or 0).
+    """Set ``args.lr`` from ``--lr-base`` where ``--lr`` was left out (or 0).
 
     Args:
         args: Flags.
@@ -41,7 +41,7 @@ def resolve_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
 
 
 def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
-    """Creates ``--opt`` for what `module` trains.
+    """Create ``--opt`` for what ``module`` trains.
 
     Raises:
         UsageError: timm has no such optimizer, or it does not take these values.
@@ -66,7 +66,7 @@ def create_schedule(
         start_epoch: int,
         decreasing_metric: bool,
 ) -> tuple[Any, int]:
-    """Creates ``--sched`` and moves it to `start_epoch`; returns it (None for ``none``) and the number of epochs.
+    """Create ``--sched`` and moves it to ``start_epoch``; returns it (None for ``none``) and the number of epochs.
 
     Raises:
         UsageError: timm has no such schedule, or it does not take these values.

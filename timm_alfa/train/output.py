@@ -25,7 +25,7 @@ DEFAULT_OUTPUT = "./output/train"
 
 
 def snapshot(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the flags as they are now, to be saved later: set-up adds to and changes the namespace."""
+    """Return the flags as they are now, to be saved later: set-up adds to and changes the namespace."""
     return copy.deepcopy(vars(args))
 
 
@@ -37,19 +37,19 @@ def open_output(
         side: int,
         resume_path: str,
 ) -> Path:
-    """Creates (or, when resuming, reopens) the run's folder and writes ``args.yaml``, ``environment.yaml`` into it.
+    """Create (or, when resuming, reopens) the run's folder and writes ``args.yaml``, ``environment.yaml`` into it.
 
     A folder that already holds another run is left alone: the new run's folder gets ``-1``, ``-2``, ... appended.
 
     Args:
         args: Flags.
-        config: What `snapshot` returned, for ``args.yaml``.
+        config: What ``snapshot`` returned, for ``args.yaml``.
         environment: What :func:`~timm_alfa.environment.describe_run` returned.
         side: Input width, for the name of an unnamed run.
         resume_path: The checkpoint that this run continues, or ''.
 
     Raises:
-        UsageError: the folder cannot be written.
+        UsageError: The folder cannot be written.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = args.experiment or f"{stamp}-{safe_model_name(args.model)}-{side}"
@@ -72,7 +72,7 @@ def open_output(
 
 
 def _holds_run(folder: Path) -> bool:
-    """Whether a run has left anything in `folder` that another would overwrite."""
+    """Whether a run has left anything in ``folder`` that another would overwrite."""
     names = (entry.name for entry in folder.iterdir()) if folder.exists() else ()
     return any(name in ("args.yaml", "summary.csv") or name.endswith((".pth.tar", ".safetensors")) for name in names)
 
@@ -81,7 +81,7 @@ class MetricLog:
     """Records each epoch's metrics in ``summary.csv`` and, if asked for, TensorBoard and Weights & Biases."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, config: dict[str, Any], start_epoch: int) -> None:
-        """Opens the log; rows of a previous run at or after `start_epoch` are dropped from ``summary.csv``."""
+        """Open the log; rows of a previous run at or after ``start_epoch`` are dropped from ``summary.csv``."""
         self._summary = folder / "summary.csv"
         utils.trim_summary(str(self._summary), start_epoch)
         self._tensorboard: Any = None
@@ -129,7 +129,7 @@ class MetricLog:
             self._tensorboard.flush()
 
     def _columns(self) -> list[str] | None:
-        """Returns the header of an existing ``summary.csv``, or None."""
+        """Return the header of an existing ``summary.csv``, or None."""
         try:
             with open(self._summary, newline="", encoding="utf-8") as file:
                 return next(csv.reader(file), None)

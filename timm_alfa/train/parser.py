@@ -29,7 +29,7 @@ class ParseKeyValues(ParseKwargs):
 
 
 class TrainParser(argparse.ArgumentParser):
-    """Raises `UsageError` instead of printing the usage, and names the nearest flag for an unknown one."""
+    """Raises ``UsageError`` instead of printing the usage, and names the nearest flag for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -82,7 +82,7 @@ _REFUSED: tuple[tuple[str, Any, type, Sequence[str] | None, str | None], ...] = 
 
 
 def add_refused_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds timm's flags that this script leaves out, hidden from --help.
+    """Add timm's flags that this script leaves out, hidden from --help.
 
     They keep their defaults, so that a configuration file that timm wrote is read without complaint.
     """
@@ -96,7 +96,7 @@ def add_refused_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_refused(args: argparse.Namespace) -> None:
-    """Raises `UsageError` for a flag that is set but not supported here."""
+    """Raise ``UsageError`` for a flag that is set but not supported here."""
     supported = {flag: default for flag, default, *_ in _REFUSED} | {"--task": "classification"}
     for flag, default in supported.items():
         value = getattr(args, flag.lstrip("-").replace("-", "_"))

@@ -22,8 +22,8 @@ def gather_random_states() -> list[dict[str, Any]] | None:
     A collective: where processes run in a group, every one of them has to call it.
 
     Returns:
-        One entry per rank, made of tensors, numbers, strings and lists only (`torch.load(weights_only=True)` reads it),
-        on rank 0; None on the others.
+        One entry per rank, made of tensors, numbers, strings and lists only (``torch.load(weights_only=True)`` reads
+        it), on rank 0; None on the others.
     """
     state = _capture()
     if not in_group():
@@ -37,7 +37,7 @@ def gather_random_states() -> list[dict[str, Any]] | None:
 
 
 def restore_random_state(checkpoint: dict[str, Any], rank: int) -> bool:
-    """Put the random generators of this process back to where `checkpoint['random_states'][rank]` has them.
+    """Put the random generators of this process back to where ``checkpoint['random_states'][rank]`` has them.
 
     Returns:
         False, with nothing changed, where the run cannot go on as it would have: the checkpoint has no random states

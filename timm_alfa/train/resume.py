@@ -28,7 +28,7 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[str, dict[str, Any] | Non
     """Finds and reads what ``--resume`` names; ``("", None)`` when the run starts anew.
 
     Raises:
-        UsageError: the file is missing, damaged or no checkpoint.
+        UsageError: The file is missing, damaged or no checkpoint.
     """
     path = find_resume(args.resume, args.output, args.experiment)
     if not path:
@@ -79,7 +79,7 @@ def restore_training(
         middle of that epoch (a recovery checkpoint). 0 if it does not say.
 
     Raises:
-        UsageError: the checkpoint does not fit the model or the optimizer.
+        UsageError: The checkpoint does not fit the model or the optimizer.
     """
     try:
         task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
@@ -117,7 +117,7 @@ def restore_ema(path: str, checkpoint: dict[str, Any], task: ClassificationTask)
 
 
 def restore_randomness(args: argparse.Namespace, path: str, checkpoint: dict[str, Any]) -> None:
-    """Puts the random generators of this process back, with a warning where the checkpoint has no states for it."""
+    """Put the random generators of this process back, with a warning where the checkpoint has no states for it."""
     try:
         restored = restore_random_state(checkpoint, args.rank)
     except _MISFITS as error:

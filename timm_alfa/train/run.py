@@ -41,7 +41,7 @@ _logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the training command.
+    """Run the training command.
 
     Args:
         argv: Arguments without the program's name; None takes those of the process.
@@ -95,10 +95,10 @@ def train(args: argparse.Namespace, *, command: str) -> None:
         command: How they were given, for the record.
 
     Raises:
-        UsageError: before anything is written.
-        CheckpointError: a checkpoint cannot be written; earlier ones are intact.
-        NonFiniteError: a loss, feature, perturbation or weight is infinite or not a number.
-        DataError: image after image does not decode.
+        UsageError: Before anything is written.
+        CheckpointError: A checkpoint cannot be written; earlier ones are intact.
+        NonFiniteError: A loss, feature, perturbation or weight is infinite or not a number.
+        DataError: Image after image does not decode.
     """
     config = snapshot(args)
     args.prefetcher = not args.no_prefetcher
@@ -180,7 +180,7 @@ def _create_saver(plan: Plan, folder: Path) -> TrainCheckpointSaver:
 
 
 def _run_epoch(plan: Plan, epoch: int, log: MetricLog | None) -> list[dict[str, Any]]:
-    """Trains one epoch, then validates, records and saves if it is time to; returns the result as a list of 0 or 1."""
+    """Train one epoch, then validate, record and save if it is time to; return the result as a list of 0 or 1."""
     run, args = plan.run, plan.run.args
     _set_loader_epoch(run.loader, epoch)
     train_metrics = train_one_epoch(run, epoch)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from timm_alfa.errors import UsageError
-from timm_alfa.train.data_check import STREAMS, dataset_kind
+from ..errors import UsageError
+from .data_check import STREAMS, dataset_kind
 
 __all__ = ["Part", "check_split_arguments", "class_indices", "split_indices", "split_training_set"]
 
@@ -19,9 +19,9 @@ class Part(Dataset[Any]):
     """Some items of a dataset, with transforms of their own.
 
     Args:
-        dataset: images, decoded and transformed by its attribute `transform`; it is copied (not its images), so that
+        dataset: Images, decoded and transformed by its attribute ``transform``; it is copied (not its images), so that
             two parts of a dataset can have different transforms.
-        indices: which items, in this order.
+        indices: Which items, in this order.
     """
 
     def __init__(self, dataset: Any, indices: np.ndarray) -> None:
@@ -30,7 +30,7 @@ class Part(Dataset[Any]):
 
     @property
     def transform(self) -> Any:
-        """What makes a tensor of an image; `timm.data.create_loader` sets it."""
+        """What makes a tensor of an image; ``timm.data.create_loader`` sets it."""
         return self.dataset.transform
 
     @transform.setter
@@ -48,7 +48,7 @@ def check_split_arguments(args: argparse.Namespace) -> None:
     """Check the two shares.
 
     Raises:
-        UsageError: a share out of range, or of a dataset that has no numbered images.
+        UsageError: A share out of range, or of a dataset that has no numbered images.
     """
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         raise UsageError(f"--val-fraction {args.val_fraction}: expected a share between 0 and 1, such as 0.1")
@@ -64,14 +64,14 @@ def split_training_set(args: argparse.Namespace, dataset: Any) -> tuple[Any, Par
     """Do what --val-fraction and --train-fraction ask for.
 
     Args:
-        args: parsed flags; which images are picked depends on --split-seed alone, never on --seed.
-        dataset: the whole training set, without transforms.
+        args: Parsed flags; which images are picked depends on --split-seed alone, never on --seed.
+        dataset: The whole training set, without transforms.
 
     Returns:
-        The training set (`dataset` itself where neither flag is given) and the held-out images, or None.
+        The training set (``dataset`` itself where neither flag is given) and the held-out images, or None.
 
     Raises:
-        UsageError: the dataset does not list its labels, or a part would be empty.
+        UsageError: The dataset does not list its labels, or a part would be empty.
     """
     if args.val_fraction is None and args.train_fraction is None:
         return dataset, None
@@ -97,11 +97,11 @@ def split_indices(
     """Draw the held-out items and those to train on, class by class.
 
     Args:
-        classes: class of every item, shape [N].
-        val_fraction: share of each class that is held out, rounded to the nearest number of items.
-        train_fraction: share of the rest of each class that is trained on. Of two shares with the same seed the smaller
+        classes: Class of every item, shape [N].
+        val_fraction: Share of each class that is held out, rounded to the nearest number of items.
+        train_fraction: Share of the rest of each class that is trained on. Of two shares with the same seed the smaller
             is a part of the larger.
-        seed: what the draw depends on, and nothing else.
+        seed: What the draw depends on, and nothing else.
 
     Returns:
         Training items and held-out items, each increasing.
