@@ -287,8 +287,11 @@ def test_pictures_show_the_papers_numbers_where_they_are_near(
 ):
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
-    write_report({"table 2": SHEETS["table 2"]}, [_record("cifar10-resnet20s", 0, top1)], tmp_path)
+    records = [_record("cifar10-resnet20s", 0, top1, setting="--epochs 3")]
+    write_report({"table 2": SHEETS["table 2"]}, records, tmp_path)
     (figure,) = figures
+    assert figure.get_suptitle() == "Table 2: CIFAR-10"
+    assert figure.legends[0].get_title().get_text() == "--epochs 3"
     labels = [line.get_label() for line in figure.axes[0].get_lines()]
     assert labels == ["each seed", "our mean", "paper"][: 3 if shown else 2]
 

@@ -69,7 +69,7 @@ def write_report(
             lines = [line for line in lines_of(sheet, same, against=against) if line.top1 or line.paper is not None]
             if any(line.top1 for line in lines):
                 picture = re.sub(r"[^\w.]+", "-", f"{key} {setting}".strip()) + ".png"
-                drawn = _draw(output / picture, sheet.title, lines)
+                drawn = _draw(output / picture, sheet.title, setting, lines)
                 sections.append(_section(sheet, setting, lines, picture if drawn else None, commands=against is None))
     if not sections:
         raise UsageError(f"--report: no results of these runs in {output}")
@@ -164,13 +164,15 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
-def _draw(path: Path, title: str, lines: Sequence[Line]) -> bool:
+def _draw(path: Path, title: str, setting: str, lines: Sequence[Line]) -> bool:
     """Accuracies of every seed, their means, and the paper's where they are near; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(8, 1.2 + 0.34 * len(lines)), layout="constrained", dpi=120)
+    shown = textwrap.fill(setting, 125, break_on_hyphens=False)
+    height = 1.2 + 0.34 * len(lines) + 0.17 * len(shown.splitlines())
+    figure = Figure(figsize=(8, height), layout="constrained", dpi=120)
     axes = figure.subplots()
     seeds = [(value, place) for place, line in enumerate(lines) for value in line.top1.values()]
     means = [(statistics.fmean(line.top1.values()), place) for place, line in enumerate(lines) if line.top1]
@@ -187,6 +189,6 @@ def _draw(path: Path, title: str, lines: Sequence[Line]) -> bool:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="top-1 in percent")
     figure.suptitle(title)
-    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, title=shown, title_fontsize="small")
     figure.savefig(path)
     return True
