@@ -1,4 +1,4 @@
-"""The errors that a command line turns into a single line: a user's mistakes (exit code 2) and bad numbers (1)."""
+"""The errors that a command line turns into a single line (exit code 2: a user's mistake), and a quiet end."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Line:
 def write_report(
         sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], output: Path, *, against: Run | None = None,
 ) -> Path:
-    """Write ``report.md`` and, where matplotlib is installed, a picture per table; returns the path of the former.
+    """Write ``report.md`` and, where matplotlib is installed, a picture per table; return the path of the former.
 
     Args:
         sheets: What to report on.

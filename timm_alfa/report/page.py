@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page of one run, or the comparison of several; returns its path.
+    """Write the page of one run, or the comparison of several; return its path.
 
     Args:
         runs: Their folders.

@@ -94,7 +94,7 @@ def assemble(
         *,
         datasets: tuple[Any, Any] | None = None,
 ) -> Plan:
-    """Build every part of a run and puts ``checkpoint`` back into them. Nothing is written.
+    """Build every part of a run and put ``checkpoint`` back into them. Nothing is written.
 
     ``datasets``, for training and validation, take the place of those that the flags name.
 

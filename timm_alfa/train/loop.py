@@ -82,7 +82,7 @@ def updates_per_epoch(args: argparse.Namespace, loader: Any) -> int:
 
 
 def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
-    """Train for one pass over the loader; returns its metrics, averaged over all ranks.
+    """Train for one pass over the loader; return its metrics, averaged over all ranks.
 
     Args:
         run: The parts of the run.
@@ -190,7 +190,7 @@ def _step(
         accumulated: int,
         update: bool,
 ) -> float:
-    """Run forward and backward and, if ``update``, the optimizer; returns the batch's share of the update's loss."""
+    """Run forward and backward and, if ``update``, the optimizer; return the batch's share of the update's loss."""
     args, task, optimizer = run.args, run.task, run.optimizer
     second_order = getattr(optimizer, "is_second_order", False)
     with contextlib.nullcontext() if update else task.no_sync():

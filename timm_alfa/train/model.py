@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
-    """Create ``--model`` on the CPU and sets ``args.num_classes`` to its number of classes.
+    """Create ``--model`` on the CPU and set ``args.num_classes`` to its number of classes.
 
     Raises:
         UsageError: There is no such model, or it cannot be built with these flags or from these weights.

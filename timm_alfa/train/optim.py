@@ -66,7 +66,7 @@ def create_schedule(
         start_epoch: int,
         decreasing_metric: bool,
 ) -> tuple[Any, int]:
-    """Create ``--sched`` and moves it to ``start_epoch``; returns it (None for ``none``) and the number of epochs.
+    """Create ``--sched`` and move it to ``start_epoch``; return it (None for ``none``) and the number of epochs.
 
     Raises:
         UsageError: timm has no such schedule, or it does not take these values.

@@ -37,7 +37,7 @@ def open_output(
         side: int,
         resume_path: str,
 ) -> Path:
-    """Create (or, when resuming, reopens) the run's folder and writes ``args.yaml``, ``environment.yaml`` into it.
+    """Create (or, when resuming, reopen) the run's folder and write ``args.yaml``, ``environment.yaml`` into it.
 
     A folder that already holds another run is left alone: the new run's folder gets ``-1``, ``-2``, ... appended.
 
