@@ -1,4 +1,4 @@
-"""The errors that a command line turns into a single line (exit code 2: a user's mistake), and a quiet end."""
+"""What ends a command early: errors that become one line (mistakes, exit code 2; bad numbers, 1), or a lost reader."""
 
 from __future__ import annotations
 
