@@ -4,8 +4,10 @@ are real."""
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,16 +48,16 @@ def start(
         os.environ.update(environment or {})
         with open(log, "a", buffering=1) as file:
             sys.stdout = sys.stderr = file
-            first()
-            main(arguments)
-        code = 0
-    except SystemExit as error:
-        code = int(error.code or 0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        raise
+            try:
+                first()
+                main(arguments)
+                code = 0
+            except SystemExit as error:
+                code = int(error.code or 0)
+            except BaseException:
+                _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # a test's full disk has no room for this
+                traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -280,11 +280,10 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     """With the kernel refusing, in a process of its own."""
     command = _command(images, folder.parent, "--resume auto")
     log = tmp_path / "log"
-    limit = int(share * len(checkpoint))
-    child = processes.start(
-        command, log, first=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
-    assert processes.wait(child) == code
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = (int(share * len(checkpoint)), hard)
+    child = processes.start(command, log, first=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    assert processes.wait(child) == code, log.read_text()
     (error,) = log.read_text().splitlines()
     assert error.startswith("train_alfa.py: error: ")
     assert named in error
