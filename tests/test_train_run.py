@@ -65,7 +65,7 @@ def test_a_run_leaves_checkpoints_records_and_a_plain_model(
         assert step_time * images_per_second == pytest.approx(8)  # three full batches
     environment = yaml.safe_load((folder / "environment.yaml").read_text())
     assert environment["command"] == shlex.join(["train_alfa.py", *arguments])
-    assert re.fullmatch(r"1 CPU thread|\d+ CPU threads", environment["hardware"])
+    assert re.fullmatch(r"(1 CPU thread|\d+ CPU threads) \([\w ]+\)", environment["hardware"])
     assert environment["torch"] == torch.__version__
     assert environment["processes"] == 1
     assert {path.name for path in folder.iterdir()} >= {

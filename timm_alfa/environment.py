@@ -29,8 +29,8 @@ def describe_run(command: str, device: torch.device, *, processes: int) -> dict[
 
 
 def hardware(device: torch.device) -> str:
-    """The device's name, or for the CPU how many threads compute."""
+    """The device's name, or for the CPU how many threads compute, and with what instructions."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+        return f"{threads} CPU thread{'s' if threads > 1 else ''} ({torch.backends.cpu.get_cpu_capability()})"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
