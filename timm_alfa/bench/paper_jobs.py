@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .common import machine
+from ..report.records import read_run
 
 try:
     import fcntl
@@ -182,17 +180,22 @@ def _collect(job: Job, output: Path, position: str, at_once: int) -> bool:
         print(f"{position} {job.name}: failed, {error}: {' '.join(last)} (see {log})", flush=True)
         return False
     epochs = _epochs_done(folder) - job.epochs_before
-    hardware = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     append_result(output, {
         "run": job.run, "seed": job.seed, "setting": job.setting, "top1": tested["top1"], "loss": tested["loss"],
         "validation": tested["validation"], "best_epoch": tested["epoch"], "delta_ratio": _delta_ratios(folder),
         "seconds_per_epoch": seconds / epochs if epochs > 0 else None,
-        "machine": hardware + (f", {at_once} runs at a time" if at_once > 1 else ""),
+        "machine": _machine(folder) + (f", {at_once} runs at a time" if at_once > 1 else ""),
         "folder": folder.name, "command": job.shown(output), "arguments": job.arguments,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     })  # fmt: skip
     print(f"{position} {job.name}: {tested['top1']:.2f} ({seconds:.0f} s)", flush=True)
     return True
+
+
+def _machine(folder: Path) -> str:
+    """Hardware and versions as the run has them: with several at a time it computes with fewer threads than we."""
+    recorded = read_run(folder).environment
+    return ", ".join([recorded["hardware"], *(f"{name} {recorded[name]}" for name in ("torch", "timm", "timm-alfa"))])
 
 
 def _epochs_done(folder: Path) -> int:
