@@ -1,10 +1,15 @@
-"""Settings of ``torch.compile`` that several walks through one graph need."""
+"""Settings of ``torch.compile`` that several walks through one graph need, and those that do not go with them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch._functorch.config
+import torch._inductor
 import torch._inductor.config
 import torch.compiler.config
+from torch import nn
 
 _CACHE_TAG = "+buffers-kept"
 
@@ -22,3 +27,25 @@ def allow_second_walks() -> None:
         torch._inductor.config.force_disable_caches = True
     elif _CACHE_TAG not in tag:
         torch.compiler.config.cache_key_tag = tag + _CACHE_TAG
+
+
+def refuse_cuda_graphs(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """A CUDA graph overwrites what the one before it returned, and parts compiled one by one hold on to that.
+
+    Args:
+        model: Whose parts are to be compiled; on other devices there are no such graphs.
+        options: Of ``torch.compile``.
+
+    Raises:
+        ValueError: The parts would run as CUDA graphs.
+    """
+    if not any(parameter.is_cuda for parameter in model.parameters()):
+        return
+    backend, mode = options.get("backend", "inductor"), options.get("mode")
+    settings = {**torch._inductor.list_mode_options().get(mode or "default", {}), **(options.get("options") or {})}
+    graphs = settings.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+    if backend == "cudagraphs" or (backend == "inductor" and graphs):
+        asked = f"mode {mode!r}" if mode else f"backend {backend!r} with these options"
+        raise ValueError(
+            f"{asked} makes CUDA graphs, which overwrite features that later passes need; "
+            "expected the default mode or 'max-autotune-no-cudagraphs'")

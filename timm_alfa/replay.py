@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .checkpointing import inside_checkpoint, last_of_sequence, without_checkpointing
-from .compiler import allow_second_walks
+from .compiler import allow_second_walks, refuse_cuda_graphs
 from .errors import BlockError
 from .randomness import RandomState
 
@@ -231,7 +231,11 @@ class Replay:
 
         Args:
             options: Of ``torch.compile``.
+
+        Raises:
+            ValueError: They make CUDA graphs.
         """
+        refuse_cuda_graphs(self.model, options)
         allow_second_walks()
         for region in self._candidates:
             if not any(_contains(other.module, region.module) for other in self._candidates if other is not region):

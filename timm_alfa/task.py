@@ -123,6 +123,9 @@ class AlfaTask(ClassificationTask):
 
         Returns:
             The model.
+
+        Raises:
+            ValueError: The mode makes CUDA graphs, see :meth:`AlfaWrapper.compile`.
         """
         self.alfa.compile(backend=backend, mode=mode, **compile_kwargs)
         return self.alfa.module

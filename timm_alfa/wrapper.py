@@ -338,7 +338,11 @@ class AlfaWrapper(nn.Module):
         return self._active_replay().replay(recording, name, value)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model's parts between and after the blocks; arguments are those of ``torch.compile``."""
+        """Compile the model's parts between and after the blocks; arguments are those of ``torch.compile``.
+
+        Raises:
+            ValueError: They make CUDA graphs (modes ``reduce-overhead`` and ``max-autotune``, on a CUDA device).
+        """
         self._active_replay().compile(*args, **kwargs)
 
     def remove(self) -> None:
