@@ -217,10 +217,10 @@ def test_a_run_that_another_program_trains_is_left_alone(
     _stub(monkeypatch, meet=[])
     (tmp_path / "logs").mkdir()
     with open(tmp_path / "logs" / f"{job.name}.log", "ab") as log:
-        holder = "import fcntl, sys; fcntl.flock(1, fcntl.LOCK_EX); sys.stderr.write('held'); sys.stdin.read()"
+        holder = "import fcntl, sys; fcntl.flock(1, fcntl.LOCK_EX); print(file=sys.stderr); sys.stdin.read()"
         process = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=log,
                                    stderr=subprocess.PIPE)  # fmt: skip
-    assert process.stderr.read(4) == b"held"
+    assert process.stderr.readline() == b"\n"  # it holds the lock
     assert run_all([job], tmp_path, at_once=1) == [job]
     assert "another program is training it" in capsys.readouterr().out
     process.communicate()
