@@ -1,14 +1,21 @@
-"""The objective's arithmetic, by hand."""
+"""The objective's arithmetic, by hand, and what a criterion may return."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from toys import batch
 
-from timm_alfa import AlfaLoss, AlfaOutput
+from timm_alfa import AlfaLoss, AlfaOutput, AlfaTask, AlfaWrapper
+from timm_alfa.peers import AdvPropTask, FastAdvPropTask, NoiseTask, PgdTask
+from timm_alfa.peers.pixels import PixelAttack
 
 
 def criterion(output: Tensor, target: Tensor) -> Tensor:
@@ -88,3 +95,63 @@ def test_weights_out_of_range(name: str, value: float) -> None:
 def test_unknown_reduction() -> None:
     with pytest.raises(ValueError, match="reduction: expected one of sum, mean, found 'max'"):
         AlfaLoss(criterion, reduction="max")  # type: ignore[arg-type]
+
+
+class Boxed(nn.Module):
+    """Returns its loss as other libraries do."""
+
+    def __init__(self, box: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.box = box
+
+    def forward(self, output: Tensor, target: Tensor) -> Any:
+        return self.box(F.cross_entropy(output, target, reduction="none"))
+
+
+def _steps(criterion: Any) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """One training step's loss by everything that calls a criterion."""
+    attack = PixelAttack(eps=4.0, alpha=1.0, steps=1, mean=(0.5,) * 3, std=(0.25,) * 3)
+    options: dict[str, Any] = {"verbose": False}
+
+    def small() -> nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model("resnet20s", num_classes=10).train()
+
+    wrapper = AlfaWrapper(small(), criterion, "layer3")
+    tasks = [
+        AlfaTask(small(), criterion, "layer3", **options),
+        NoiseTask(small(), criterion, "layer3", **options),
+        AdvPropTask(small(), criterion, attack, **options),
+        FastAdvPropTask(small(), criterion, replace(attack, init="uniform"), **options),
+        PgdTask(small(), criterion, attack, **options),
+    ]
+    by_wrapper = lambda images, target: AlfaLoss(criterion)(wrapper(images, target), target).loss  # noqa: E731
+    return [by_wrapper, *((lambda images, target, task=task: task(images, target)["loss"]) for task in tasks)]
+
+
+def test_a_criterion_may_return_one_number_in_any_shape() -> None:
+    images, target = batch(16, dtype=torch.float32)
+    plain = [step(images, target) for step in _steps(Boxed(lambda losses: losses.mean()))]
+    for box in (lambda losses: losses.mean().reshape(1), lambda losses: losses.mean().reshape(1, 1)):
+        for loss, expected in zip([step(images, target) for step in _steps(Boxed(box))], plain, strict=True):
+            assert loss.shape == ()
+            assert torch.equal(loss, expected)
+            loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("box", "error", "message"),
+    [
+        (lambda losses: losses, ValueError, r"one number.*found a tensor of shape \[\d\].*reduction='mean'"),
+        (lambda losses: (losses.mean(), 3), TypeError, r"found a tuple of 2 \(Tensor, int\)"),
+        (lambda losses: {"loss": losses.mean()}, TypeError, "found a dict with keys 'loss'"),
+        (lambda losses: losses.mean().item(), TypeError, r"found \d.*\(float\)"),
+        (lambda losses: None, TypeError, "found None"),
+        (lambda losses: losses.argmax(), TypeError, r"floating-point tensor.*torch.int64"),
+    ],
+)
+def test_other_returns_of_a_criterion_are_named(box: Callable[[Tensor], Any], error: Any, message: str) -> None:
+    images, target = batch(16, dtype=torch.float32)
+    for step in _steps(Boxed(box)):
+        with pytest.raises(error, match=f"criterion: expected it to return .*{message}"):
+            step(images, target)

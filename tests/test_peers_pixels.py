@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toys import batch
 
-from timm_alfa.peers import PixelAttack
+from timm_alfa.peers import AdvPropTask, FastAdvPropTask, PgdTask, PixelAttack
 from timm_alfa.peers.pixels import other_classes
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
@@ -148,3 +151,24 @@ def test_one_channel_and_low_precision() -> None:
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _attack(**settings)
+
+
+@pytest.mark.parametrize(("kind", "times"), [(PgdTask, 1), (AdvPropTask, 2), (FastAdvPropTask, 1)])
+def test_a_stem_in_front_learns_from_perturbed_images_too(kind: Any, times: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 10)).double()
+    stem = nn.Conv2d(3, 3, 1).double()
+    images, target = batch(8)
+    init = "uniform" if kind is FastAdvPropTask else "zero"
+    task = kind(model, F.cross_entropy, PixelAttack(0.0, 1.0, 1, (0.5,), (0.25,), init), verbose=False)
+    result = task(stem(images), target)
+    found = torch.autograd.grad(result["loss"] + result["output"].square().mean(), list(stem.parameters()))
+    count = len(result["output"])  # Fast AdvProp attacks some of the images, the others are clean
+    output = model(stem(images))
+    loss = times * F.cross_entropy(output, target)
+    if kind is FastAdvPropTask:
+        share = 1 - count / len(images)
+        loss = (1 - share) * F.cross_entropy(output[:count], target[:count])
+        loss = loss + share * F.cross_entropy(output[count:], target[count:])
+    expected = torch.autograd.grad(loss + output[:count].square().mean(), list(stem.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,8 +74,10 @@ class AlfaLoss:
             alfa_output: Of ``alfa(input, target)``; without adversarial outputs (evaluation) the loss is the clean one.
             target: Whatever the criterion takes.
         """
-        clean = self.criterion(alfa_output.output, target)
-        adversarial = {name: self.criterion(output, target) for name, output in alfa_output.adv_outputs.items()}
+        clean = scalar_loss(self.criterion, alfa_output.output, target)
+        adversarial = {
+            name: scalar_loss(self.criterion, output, target) for name, output in alfa_output.adv_outputs.items()
+        }
         loss = self.combine(clean, list(adversarial.values()))
         eta = alfa_output.eta
         l1 = l1_norm(eta).to(loss) if eta.requires_grad else torch.zeros_like(clean)
@@ -103,3 +105,44 @@ class AlfaLoss:
         if self.reduction == "sum":
             return 1.0, self.lam
         return 1 / (1 + self.lam), self.lam / (count * (1 + self.lam))
+
+
+def scalar_loss(criterion: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
+    """crit(output, target), of shape []; a criterion that returns one number in another shape, such as [1], will do.
+
+    Args:
+        criterion: (output, target) -> a tensor of one number.
+        output: What the model returned.
+        target: What the criterion takes.
+
+    Raises:
+        TypeError: The criterion returned something other than a floating-point tensor.
+        ValueError: It returned several numbers.
+    """
+    loss = criterion(output, target)
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"criterion: expected it to return the loss, a tensor of shape [], found {_described(loss)}; "
+            "pass a function that picks the loss, such as lambda output, target: criterion(output, target)[0]"
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"criterion: expected it to return a floating-point tensor, found {_described(loss)}")
+    if loss.dim() == 0:
+        return loss
+    if loss.numel() != 1:
+        raise ValueError(
+            f"criterion: expected it to return one number, a tensor of shape [], found {_described(loss)}; "
+            "average it, with reduction='mean' for instance"
+        )
+    return loss.reshape(())
+
+
+def _described(value: Any) -> str:
+    """What a criterion returned, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(type(item).__name__ for item in value)})"
+    return f"{value!r} ({type(value).__name__})"

@@ -5,7 +5,8 @@ behind the block is differentiated, which yields the gradient of the attack's fi
 one walk; the block's tail is replayed with the perturbation, differentiated and freed; both gradients together go on
 into the piece before. What is left is the graph before the first block. The loss that comes out carries the gradients
 found so far and hands them to the one ``backward`` of the training loop, so that gradient scaling, accumulation,
-clipping and DistributedDataParallel see nothing unusual.
+clipping, hooks on parameters and DistributedDataParallel see nothing unusual. Whatever the loss depends on gets its
+gradient: the model's weights, those of a criterion, a stem or a prompt in front of the step.
 
 For one block whose tail holds a share t of the FLOPs a PGD-1 step costs 1 + t plain steps, and whatever the number of
 blocks, no more than about one graph of the whole network is alive at a time.
@@ -13,8 +14,9 @@ blocks, no more than about one graph of the whole network is alive at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from .attack import is_finite, working_dtype
 from .eta import l1_norm
 from .float16 import is_float16
+from .loss import scalar_loss
 from .replay import Cut, Recording
 from .wrapper import AlfaWrapper, reaching
 
@@ -38,13 +41,14 @@ class Swept:
 
     Args:
         loss: The objective; its ``backward`` hands over the gradients.
-        output: The clean output, detached.
+        output: The clean output. Its graph is gone: a ``backward`` from it raises ``RuntimeError``.
         clean: The clean loss, detached.
         adversarial: Block name -> adversarial loss, detached.
         observed: Block name -> what ``observe`` returned for its perturbation and feature.
         finite: What has to be finite -> whether it is, [] on the device: per block its feature, its adversarial loss
             and, unless gradients are scaled (float16), those that its perturbation follows.
         eta_gradient: Of the objective with respect to eta, [r]; zeros unless it is learned.
+        others: Leaves that the loss depends on besides the model's parameters and what was given to the step.
     """
 
     loss: Tensor
@@ -54,6 +58,7 @@ class Swept:
     observed: dict[str, Any]
     eta_gradient: Tensor
     finite: dict[str, Tensor]
+    others: list[Tensor] = field(default_factory=list)
 
 
 class Sweep:
@@ -89,9 +94,10 @@ class Sweep:
             observe: Called with each perturbation and the feature that it is for.
         """
         alfa = self.alfa
+        input, target, outer = _aliased(input, target)
         recording = alfa.record(input, cut=weights.keys())
-        clean = self.criterion(recording.output, target)
-        gradients = _Gradients(alfa, recording, self._loss_scale)
+        clean = scalar_loss(self.criterion, recording.output, target)
+        gradients = _Gradients(alfa, recording, self._loss_scale, outer)
         swept = Swept(clean, _detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(alfa.eta.values), {})
         swept.loss = clean_weight * swept.clean
         gradients.walk_clean(clean, clean_weight)
@@ -110,6 +116,9 @@ class Sweep:
             swept.eta_gradient += self.gamma * torch.autograd.grad(l1, alfa.eta.values)[0]
             swept.loss = swept.loss + (self.gamma * l1.detach()).to(swept.loss)
         swept.loss = gradients.hand_over(swept.loss, self)
+        swept.others = gradients.others
+        if swept.loss.requires_grad:
+            swept.output = tree_map_only(Tensor, lambda tensor: _refusing_gradients(swept.loss, tensor), swept.output)
         return swept
 
     def _attack(
@@ -132,7 +141,7 @@ class Sweep:
         if observe is not None:
             swept.observed[block] = observe(delta, feature.tensors)
         perturbed = [part.detach().requires_grad_() for part in alfa.perturbed(block, feature.tensors, delta)]
-        loss = self.criterion(alfa.replay(recording, block, feature.rebuild(perturbed)), target)
+        loss = scalar_loss(self.criterion, alfa.replay(recording, block, feature.rebuild(perturbed)), target)
         swept.adversarial[block] = loss.detach()
         swept.loss = swept.loss + weight * swept.adversarial[block]
         swept.finite[f"feature of {block}"] = is_finite(feature.tensors)
@@ -151,16 +160,23 @@ class Sweep:
 
 
 class _Gradients:
-    """Gradients found so far: of the weights, and at the cuts of the clean graph, in multiples of ``scale``."""
+    """Gradients found so far: of the weights, and at the cuts of the clean graph, in multiples of ``scale``.
 
-    def __init__(self, alfa: AlfaWrapper, recording: Recording, loss_scale: Tensor | float):
+    The weights are the model's parameters, what was given to the step with a graph of its own (``outer``), and whatever
+    other leaves a walk comes upon, such as the criterion's parameters.
+    """
+
+    def __init__(self, alfa: AlfaWrapper, recording: Recording, loss_scale: Tensor | float, outer: list[Tensor]):
         self.alfa = alfa
         self.float16 = is_float16(recording.output)
         # float16 gradients underflow unless the loss is scaled as the training loop scales it
         self.scale = loss_scale if self.float16 else 1.0
         self.cuts = recording.cuts
-        self.weights = [parameter for parameter in alfa.module.parameters() if parameter.requires_grad]
+        self.weights = [parameter for parameter in alfa.module.parameters() if parameter.requires_grad] + outer
+        self.others: list[Tensor] = []
         self.of_weights: list[Tensor | None] = [None] * len(self.weights)
+        self.ends = {id(tensor) for tensor in (*self.weights, *(leaf for cut in self.cuts for leaf in cut.leaves))}
+        self.outer = {(tensor.grad_fn, tensor.output_nr) for tensor in outer}
         # At each cut, by order: of the clean loss alone (where an attack starts) and of the whole objective.
         self.clean: dict[int, list[Tensor | None]] = {cut.order: [None] * len(cut.leaves) for cut in self.cuts}
         self.total: dict[int, list[Tensor | None]] = {}
@@ -254,11 +270,13 @@ class _Gradients:
             if gradient is not None or output.dim() == 0
         ]
         at_cuts = [leaf for cut in self.cuts[:before] for leaf in cut.leaves]
+        if with_weights:
+            self._find_weights([output for output, _ in pairs], leaves)
         weights = self.weights if with_weights else []
         inputs = [*leaves, *at_cuts, *weights]
         if not pairs or not inputs:
             return [None] * len(leaves), [None] * len(at_cuts), [None] * len(weights)
-        with torch.autocast(pairs[0][0].device.type, enabled=False):
+        with torch.autocast(pairs[0][0].device.type, enabled=False), _without_hooks(weights):
             found = torch.autograd.grad(
                 [output for output, _ in pairs],
                 inputs,
@@ -268,6 +286,24 @@ class _Gradients:
             )
         split = len(leaves) + len(at_cuts)
         return list(found[: len(leaves)]), list(found[len(leaves) : split]), list(found[split:])
+
+    def _find_weights(self, outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+        """Take in the leaves of this piece of the graph that are not known yet."""
+        ends = self.ends.union(map(id, leaves))
+        nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        seen = set(nodes)
+        while nodes:
+            for node, index in nodes.pop().next_functions:
+                if node is None or node in seen or (node, index) in self.outer:
+                    continue
+                seen.add(node)
+                nodes.append(node)
+                leaf = getattr(node, "variable", None)  # only nodes that accumulate into a leaf have one
+                if leaf is not None and id(leaf) not in ends:
+                    self.others.append(leaf)
+                    self.weights.append(leaf)
+                    self.of_weights.append(None)
+                    self.ends.add(id(leaf))
 
     def _accumulate_cuts(
             self,
@@ -314,6 +350,26 @@ class _HandOver(torch.autograd.Function):
         return None, None, None, None, *cast
 
 
+class _RefuseGradients(torch.autograd.Function):
+    """A tensor whose graph was freed; without this, a loss on it would train nothing and say nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "the graph behind the output of an AlfaTask is freed in its step; put a loss on it into the criterion, "
+            "or use AlfaWrapper and AlfaLoss"
+        )
+
+
+def _refusing_gradients(loss: Tensor, tensor: Tensor) -> Tensor:
+    refusing: Tensor = _RefuseGradients.apply(loss, tensor) if tensor.is_floating_point() else tensor
+    return refusing
+
+
 def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], weight: float) -> None:
     """totals += weight * found, in at least float32."""
     # Out of place: autograd may hand out one and the same tensor as the gradient of both terms of a sum.
@@ -332,6 +388,36 @@ def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], wei
     if old:
         for index, total in zip(indices, torch._foreach_add(old, new, alpha=weight), strict=True):
             totals[index] = total
+
+
+def _aliased(input: Any, target: Any) -> tuple[Any, Any, list[Tensor]]:
+    """Input and target, and aliases in place of the tensors in them that require gradients.
+
+    What is found at an alias goes on to the tensor itself with the training loop's ``backward``, in one sum.
+    """
+    aliases: list[Tensor] = []
+
+    def alias(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        aliases.append(tensor.view_as(tensor))
+        return aliases[-1]
+
+    input, target = tree_map_only(Tensor, alias, (input, target))
+    return input, target, aliases
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks on parameters are for the whole gradient, once a step: a walk that finds a part of it is not their call."""
+    hidden = [(hooks, dict(hooks)) for hooks in (tensor._backward_hooks for tensor in tensors) if hooks]
+    try:
+        for hooks, _ in hidden:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, kept in hidden:
+            hooks.update(kept)
 
 
 def _detached(output: Any) -> Any:

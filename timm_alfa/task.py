@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from .blocks import format_blocks, list_blocks
 from .errors import UsageError
 from .eta import EtaSet
 from .eta_step import EtaStepper
-from .loss import AlfaLoss, Reduction
+from .loss import AlfaLoss, Reduction, scalar_loss
 from .monitor import Monitor
 from .sweep import Sweep
 from .wrapper import AlfaWrapper, Gradient
+
+_logger = logging.getLogger(__name__)
 
 
 class AlfaTask(ClassificationTask):
@@ -91,6 +94,7 @@ class AlfaTask(ClassificationTask):
         self.monitor = Monitor(alfa)
         # Not registered as a submodule: until DDP wraps the step, the trainable module is the bare model.
         self.__dict__["step"] = _AlfaStep(alfa, self.objective, self.monitor, sample_blocks, seed)
+        self._others_noted = False
         self._stepper: EtaStepper | None = None
         if learnable:
             self._stepper = EtaStepper(alfa.eta, model.parameters())
@@ -147,11 +151,39 @@ class AlfaTask(ClassificationTask):
         distributed = isinstance(self.trainable_module, DistributedDataParallel)
         result: dict[str, Any] = (self.trainable_module if distributed else self.__dict__["step"])(input, target)
         gradient, observed = result.pop("eta_gradient", None), result.pop("observed", {})
+        self._note_others(result.pop("others", []))
         if self._stepper is not None and gradient is not None:
             self._stepper.add(gradient)
         if result["loss_adv_by_block"]:
             self.monitor.add(result, observed)
         return result
+
+    def _note_others(self, others: list[Tensor]) -> None:
+        """Say once what DDP will not average: it knows the parameters of the model and of a criterion that is a module.
+
+        Args:
+            others: Leaves outside of the model that a step found.
+        """
+        if self._others_noted or not others or not isinstance(self.trainable_module, DistributedDataParallel):
+            return
+        averaged = {id(parameter) for parameter in self.trainable_module.parameters()}
+        shapes = [str(list(leaf.shape)) for leaf in others if id(leaf) not in averaged]
+        if shapes:
+            self._others_noted = True
+            _logger.warning(
+                f"the loss depends on {len(shapes)} tensors outside of the model and the criterion's modules (of shape "
+                f"{', '.join(shapes[:5])}), whose gradients each rank keeps to itself; make the criterion a module "
+                "that holds them, or average them yourself"
+            )
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """The model's parameters, on one rank and on several (where DDP also holds those of a criterion).
+
+        Args:
+            exclude_head: Leave out the last two.
+        """
+        parameters = list(self.alfa.module.parameters())
+        return parameters[:-2] if exclude_head else parameters
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """What a checkpoint needs besides the weights: the step count, eta with its momentum, auxiliary batch norms.
@@ -238,7 +270,7 @@ class _AlfaStep(nn.Module):
         self.monitor = monitor
         self.sample_blocks = sample_blocks
         self.seed = seed
-        # A criterion's parameters are not DDP's business: nothing that holds it is registered.
+        # What holds the criterion once more is not registered: `alfa` holds it, and DDP averages its parameters there.
         self.__dict__["objective"] = objective
         self.__dict__["sweep"] = Sweep(alfa, objective.criterion, objective.gamma)
 
@@ -246,7 +278,7 @@ class _AlfaStep(nn.Module):
         alfa: AlfaWrapper = self.module
         if not (alfa.module.training and torch.is_grad_enabled()):
             output = alfa(input)
-            clean = self.__dict__["objective"].criterion(output, target)
+            clean = scalar_loss(self.__dict__["objective"].criterion, output, target)
             return {
                 "loss": clean, "output": output, "loss_clean": clean.detach().clone(),
                 "loss_adv": clean.detach().clone(), "loss_adv_by_block": {}, "finite": {},
@@ -262,6 +294,7 @@ class _AlfaStep(nn.Module):
             "loss_adv_by_block": swept.adversarial,
             "finite": swept.finite,
             "observed": swept.observed,
+            "others": swept.others,
         }
         if alfa.eta.learnable:
             result |= {"eta": alfa.eta.values.detach().clone(), "eta_gradient": swept.eta_gradient}

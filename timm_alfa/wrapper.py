@@ -22,6 +22,7 @@ from .errors import BlockError
 from .eta import ETA_SETS, Eta, EtaSet
 from .eta_step import EtaStepper
 from .float16 import attack_gradients
+from .loss import scalar_loss
 from .randomness import RandomState
 from .replay import Recording, Replay, random_devices
 from .trace import evaluating
@@ -363,7 +364,7 @@ class AlfaWrapper(nn.Module):
             inputs: Sequence[Tensor],
             retain_graph: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        loss = self.criterion(output, target)
+        loss = scalar_loss(self.criterion, output, target)
         return attack_gradients(loss, inputs, output, retain_graph=retain_graph)
 
 

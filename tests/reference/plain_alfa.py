@@ -41,8 +41,11 @@ def plain_alfa(
         lam: float = 1.0,
         reduction: str = "sum",
         strengths: Mapping[str, float] | None = None,
+        others: Mapping[str, Tensor] | None = None,
 ) -> PlainResult:
     """One training step's loss, perturbations and gradients (``Parameter.grad`` is not used).
+
+    ``others`` are leaves outside of the model whose gradients are asked for too.
 
     Every pass starts from the random state of the clean one; buffers move with the clean pass only.
     """
@@ -74,6 +77,7 @@ def plain_alfa(
     else:
         loss = (clean + lam * sum(adversarial.values()) / len(adversarial)) / (1 + lam)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named |= others or {}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
     with torch.no_grad():
         for name, buffer in model.named_buffers():

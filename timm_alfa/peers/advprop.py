@@ -15,7 +15,7 @@ from ..aux_batchnorm import AuxBatchNorms
 from ..checkpointing import without_checkpointing
 from ..errors import UsageError
 from ..flags import Flag, above_zero, at_least_zero, number
-from ..loss import REDUCTIONS, AlfaLoss, Reduction
+from ..loss import REDUCTIONS, AlfaLoss, Reduction, scalar_loss
 from ..trace import evaluating
 from .base import PeerTask, from_same_start
 from .pixels import ATTACK_MODES, AttackMode, PixelAttack
@@ -144,12 +144,12 @@ class AdvPropTask(AuxTask):
             perturbed = self.attack(model, self.criterion, input, target, self.generator(input.device), start)
         with self.statistics.observed():
             output = model(input)
-        clean = self.criterion(output, target)
+        clean = scalar_loss(self.criterion, output, target)
         with from_same_start(start), self.adversarial():
-            adversarial = self.criterion(model(perturbed), target)
+            adversarial = scalar_loss(self.criterion, model(perturbed), target)
         return {
             "loss": self.objective.combine(clean, [adversarial]),
-            "output": output.detach(),
+            "output": output,
             "loss_clean": clean.detach(),
             "loss_adv": adversarial.detach(),
         }

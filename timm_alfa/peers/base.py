@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batchnorm import Statistics
 from ..compiler import allow_second_walks
+from ..loss import scalar_loss
 from ..randomness import RandomState
 from ..ranks import mean_over_ranks
 from ..replay import random_devices
@@ -100,7 +101,7 @@ class PeerTask(ClassificationTask):
         """One step; in evaluation mode and without gradients, the plain loss."""
         if not (self.__dict__["model"].training and torch.is_grad_enabled()):
             output = self.__dict__["step"].module(input)
-            loss = self.criterion(output, target)
+            loss = scalar_loss(self.criterion, output, target)
             return {"loss": loss, "output": output, **{name: loss.detach().clone() for name in self.reported}}
         distributed = isinstance(self.trainable_module, DistributedDataParallel)
         result: dict[str, Tensor] = (self.trainable_module if distributed else self.__dict__["step"])(input, target)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..flags import Flag, above_zero, at_least_zero, number
 from ..float16 import attack_gradients
+from ..loss import scalar_loss
 from .advprop import AuxTask
 from .pixels import PixelAttack
 
@@ -79,21 +80,21 @@ class FastAdvPropTask(AuxTask):
         images, labels = input[-attacked:], target[-attacked:]
         with self.statistics.observed():
             output = model(input[:-attacked])
-        clean = self.criterion(output, target[:-attacked])
-        delta = self.attack.start(images, self.generator(images.device))
+        clean = scalar_loss(self.criterion, output, target[:-attacked])
+        delta = self.attack.start(images.detach(), self.generator(images.device))
         leaf = (images + delta).to(images.dtype).requires_grad_()
         with self.adversarial():
             started = model(leaf)
-            start = self.criterion(started, labels)
+            start = scalar_loss(self.criterion, started, labels)
             (gradient,) = attack_gradients(start, [leaf], started, retain_graph=True)
             assert gradient is not None  # every output depends on its image
-            perturbed = (images + self.attack.step(images, delta, gradient)).to(images.dtype)
-            end = self.criterion(model(perturbed), labels)
+            perturbed = (images + self.attack.step(images.detach(), delta, gradient)).to(images.dtype)
+            end = scalar_loss(self.criterion, model(perturbed), labels)
         share = attacked / len(input)
         adversarial = (start + end) / 2
         return {
             "loss": (1 - share) * clean + share * adversarial,
-            "output": output.detach(),
+            "output": output,
             "loss_clean": clean.detach(),
             "loss_adv": adversarial.detach(),
         }

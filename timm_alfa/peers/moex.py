@@ -22,6 +22,7 @@ from ..attack import working_dtype
 from ..blocks import blank_input, resolve_blocks
 from ..errors import BlockError, UsageError
 from ..flags import Flag, number
+from ..loss import scalar_loss
 from ..replay import changed_output
 from ..task import AlfaTask
 from ..trace import trace
@@ -85,8 +86,8 @@ class MoexCriterion(nn.Module):
 
     def forward(self, output: Any, target: Any) -> Tensor:
         if not isinstance(target, Exchanged):
-            return self.criterion(output, target)
-        own, other = self.criterion(output, target.own), self.criterion(output, target.other)
+            return scalar_loss(self.criterion, output, target)
+        own, other = (scalar_loss(self.criterion, output, labels) for labels in (target.own, target.other))
         return target.lam * own + (1 - target.lam) * other
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attack import INITS
 from ..flags import Flag, above_zero, at_least_zero, number
+from ..loss import scalar_loss
 from .base import PeerTask
 from .pixels import PixelAttack
 
@@ -60,8 +61,8 @@ class PgdTask(PeerTask):
             perturbed = self.attack(model, self.criterion, input, target, self.generator(input.device), start)
         with self.statistics.observed():
             output = model(perturbed)
-        loss = self.criterion(output, target)
-        return {"loss": loss, "output": output.detach(), "loss_adv": loss.detach().clone()}
+        loss = scalar_loss(self.criterion, output, target)
+        return {"loss": loss, "output": output, "loss_adv": loss.detach().clone()}
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
         """The attack."""

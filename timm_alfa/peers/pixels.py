@@ -17,6 +17,7 @@ from .. import attack
 from ..attack import Init
 from ..flags import above_zero, at_least_zero
 from ..float16 import attack_gradients
+from ..loss import scalar_loss
 from ..randomness import RandomState
 
 AttackMode = Literal["train", "eval"]
@@ -73,7 +74,7 @@ class PixelAttack:
             generator: torch.Generator | None = None,
             masks: RandomState | None = None,
     ) -> Tensor:
-        """The perturbed images, detached, in the dtype of ``images``. Only gradients of images are computed.
+        """The perturbed images, in the dtype of ``images`` and with their graph, if they have one; delta is detached.
 
         Args:
             model: Used in the mode and with the norms that it has now.
@@ -83,11 +84,11 @@ class PixelAttack:
             generator: For the random start and the classes drawn, on the images' device.
             masks: Random state that every step starts from, so that all see the same dropout masks; moved on after.
         """
-        images = images.detach()
+        pixels = images.detach()
         drawn: list[Tensor] = []
 
         def gradient_at(delta: list[Tensor]) -> list[Tensor]:
-            leaf = (images + delta[0]).to(images.dtype).requires_grad_()
+            leaf = (pixels + delta[0]).to(images.dtype).requires_grad_()
             if masks is not None:
                 masks.restore()
             output = model(leaf)
@@ -95,13 +96,16 @@ class PixelAttack:
                 output = output[0]
             if self.targeted and not drawn:
                 drawn.append(other_classes(target, output.shape[-1], generator))
-            loss = -criterion(output, drawn[0]) if self.targeted else criterion(output, target)
+            if self.targeted:
+                loss = -scalar_loss(criterion, output, drawn[0])
+            else:
+                loss = scalar_loss(criterion, output, target)
             (gradient,) = attack_gradients(loss, [leaf], output)
             assert gradient is not None  # every output depends on its image
             return [gradient]
 
         with weights_frozen(model):
-            delta = self._perturb(images, self.start(images, generator), gradient_at, self.steps)
+            delta = self._perturb(pixels, self.start(pixels, generator), gradient_at, self.steps)
         return (images + delta).to(images.dtype)
 
     def start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
