@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from reference.plain_alfa import plain_alfa
 from torch import Tensor, nn
-from toys import FAMILIES, InPlace, Nested, Repeated, Shared, Small, UNet, batch, family
+from toys import FAMILIES, InPlace, Nested, Repeated, Shared, Small, UNet, WritesInput, batch, family
 from untouched import picture
 
-from timm_alfa import AlfaWrapper, BlockError, resolve_blocks
+from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, BlockError, resolve_blocks
 from timm_alfa.replay import Replay
 
 
@@ -302,3 +303,42 @@ def test_compiled_parts_stay_compiled_and_agree() -> None:
         expected = eager(images, target)
         torch.testing.assert_close(found.adv_outputs["blocks.1"], expected.adv_outputs["blocks.1"], rtol=1e-9, atol=0)
         assert {name: module._compiled_call_impl for name, module in model.named_modules()} == before
+
+
+class _Copy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+def test_a_model_that_writes_into_its_input_does_so_once() -> None:
+    images, target = batch(8)
+    torch.manual_seed(3)
+    model = WritesInput().double().train()
+    safe = nn.Sequential(_Copy(), copy.deepcopy(model))
+    alfa = AlfaWrapper(model, F.cross_entropy, "block", steps=3, norm="l2")
+    task = AlfaTask(copy.deepcopy(model), F.cross_entropy, "block", steps=3, norm="l2", alpha=alfa.alpha, verbose=False)
+    expected = plain_alfa(safe, F.cross_entropy, images, target, ["1.block"], alpha=alfa.alpha, steps=3, norm="l2")
+    for _ in range(3):
+        given, others = images.clone(), images.clone()
+        result = AlfaLoss(F.cross_entropy)(alfa(given, target), target)
+        assert torch.equal(given, images.clone().sub_(0.5).mul_(1.7))
+        model.zero_grad()
+        result.loss.backward()
+        task.alfa.module.zero_grad()
+        found = task(others, target)["loss"]
+        assert torch.equal(others, given)
+        found.backward()
+        for loss, of in ((result.loss, model), (found, task.alfa.module)):
+            torch.testing.assert_close(loss.detach(), expected.loss.detach(), rtol=1e-12, atol=0)
+            for name, parameter in of.named_parameters():
+                torch.testing.assert_close(parameter.grad, expected.gradients[f"1.{name}"], rtol=1e-9, atol=1e-14)
+
+
+def test_a_model_that_begins_to_write_into_its_input_is_refused() -> None:
+    model = Small().train()
+    alfa = AlfaWrapper(model, F.cross_entropy, "block")
+    images, target = batch(8, dtype=torch.float32)
+    alfa(images, target)
+    model.stem.register_forward_pre_hook(lambda module, args: args[0].mul_(2) * 1)
+    with pytest.raises(RuntimeError, match="wrote into its input in place, which it did not in the first step"):
+        alfa(images, target)

@@ -152,6 +152,7 @@ class Replay:
         self._optional: set[_Region] = set()  # regions that some passes do without (layers dropped at random)
         self._habits: dict[tuple[str, int], _Habit] = {}
         self._unwatched = set(self.blocks)  # blocks whose replay has not been observed yet
+        self._writes_input: bool | None = None  # the model, into what it is given; the first pass shows it
         if any(module._compiled_call_impl is not None for module in model.modules()):
             allow_second_walks()
 
@@ -174,7 +175,11 @@ class Replay:
         Raises:
             BlockError: A block ran several times, not at all, inside another region, without gradient tracking
                 (reentrant checkpointing), or returned no floating-point tensor.
+            RuntimeError: The model wrote into its input, which it did not in the first pass.
         """
+        given = (args, dict(kwargs or {}))
+        kept = given if self._writes_input is False else _copy(given)
+        versions = [tensor._version for tensor in _tensors(given)]
         start = RandomState.capture(random_devices(self.model, args))
         pass_ = _RecordPass(self, start, cut)
         with _intercept(self._candidates if self._known is None else self._known, pass_):
@@ -182,16 +187,18 @@ class Replay:
         missing = [name for name in self.blocks if name not in pass_.order]
         if missing:
             raise BlockError(f"block {missing[0]!r} did not run in the model's forward; choose one that does")
+        self._note_input(given, versions)
         pass_.note_mutations()
         self._note_regions(set(pass_.calls))
+        args_again, kwargs_again = kept if self._writes_input else given
         return Recording(
             output,
             {name: pass_.features[name] for name in self.blocks},
             pass_.cuts,
             start,
             RandomState.capture(start.devices),
-            args,
-            dict(kwargs or {}),
+            args_again,
+            kwargs_again,
             pass_.calls,
             pass_.order,
         )
@@ -212,7 +219,10 @@ class Replay:
         recording.start.restore()
         stance = torch.compiler.set_stance("force_eager") if watch else nullcontext()  # operations are watched
         with _intercept(pass_.regions, pass_), without_checkpointing(self.model), stance, pass_.reads:
-            output = self.model(*recording.args, **recording.kwargs)
+            args, kwargs = (recording.args, recording.kwargs)
+            if self._writes_input:
+                args, kwargs = _copy((args, kwargs))
+            output = self.model(*args, **kwargs)
         if not pass_.reached:
             raise BlockError(f"block {block!r} ran in the clean pass but not in its replay")
         if watch:
@@ -240,6 +250,16 @@ class Replay:
         for region in self._candidates:
             if not any(_contains(other.module, region.module) for other in self._candidates if other is not region):
                 region.module.compile(**options)
+
+    def _note_input(self, given: Any, versions: list[int]) -> None:
+        """A model that writes into its input (normalises it in place) leaves nothing to run it again on but a copy."""
+        written = [tensor._version for tensor in _tensors(given)] != versions
+        if written and self._writes_input is False:
+            raise RuntimeError(
+                "the model wrote into its input in place, which it did not in the first step; build a new AlfaWrapper "
+                "after changing the model or its mode"
+            )
+        self._writes_input = written or bool(self._writes_input)
 
     def _note_regions(self, called: set[_Region]) -> None:
         if self._known is None:
