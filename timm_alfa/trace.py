@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from .flop_count import FlopCounter
 from .randomness import RandomState
 from .replay import random_devices, watch_outputs
 
@@ -47,7 +46,7 @@ def trace(model: nn.Module, input: Tensor) -> list[Visit]:
     """
     visits: dict[str, Visit] = {}
     finished: dict[str, int] = {}
-    counter = _FlopCounter()
+    counter = FlopCounter()
     state = RandomState.capture(random_devices(model, (input,)))
 
     def note(name: str, module: nn.Module, output: Any) -> None:
@@ -63,20 +62,6 @@ def trace(model: nn.Module, input: Tensor) -> list[Visit]:
     for name, visit in visits.items():
         visit.tail_share = 1 - finished[name] / total if total else 0.0
     return list(visits.values())
-
-
-class _FlopCounter(TorchDispatchMode):
-    """Adds up FLOPs. torch's own counter follows modules as well, and fails where one is handed a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=output)
-        return output
 
 
 @contextmanager

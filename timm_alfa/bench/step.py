@@ -22,9 +22,9 @@ import torch._dynamo.config
 from torch import Tensor, nn
 
 from ..errors import BlockError, UsageError
+from ..flop_count import count_flops
 from ..train.parser import TrainParser
 from . import common, methods
-from .flops import count_flops
 from .memory import fresh_process_environment, peak_memory
 from .picture import draw_bars
 from .timing import compare
