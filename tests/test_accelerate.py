@@ -52,6 +52,22 @@ def test_the_plain_loops_weights(accumulate: int, prepared: bool) -> None:
     make_model().load_state_dict(model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+def test_a_compiler_around_the_wrapper() -> None:
+    batches = make_batches()
+    model = make_model()
+    alfa, loss_fn = make_alfa(model)
+    optimizer = make_optimizer(model)
+    accelerator = accelerate.Accelerator(cpu=True, dynamo_backend="aot_eager")
+    alfa.follow(optimizer, accelerator.scaler)
+    compiled, optimizer, loader = accelerator.prepare(alfa, optimizer, DataLoader(batches, batch_size=None))
+    for images, target in loader:
+        accelerator.backward(loss_fn(compiled(images, target), target).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_trained_alike(model, alfa.eta.values, train_plainly(batches))
+
+
 def test_bfloat16_takes_the_loss_in_float32() -> None:
     model = make_model().float()
     alfa, loss_fn = make_alfa(model)

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch._functorch.config
 import torch._inductor
 import torch._inductor.config
 import torch.compiler.config
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 _CACHE_TAG = "+buffers-kept"
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def stays_eager(function: Function) -> Function:
+    """Decorate what ``torch.compile`` must not look into: compiled code around it calls it as it is.
+
+    With ``fullgraph=True`` such a call is an error, which then says what to do instead.
+    """
+    options: dict[str, Any] = {}
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:  # torch 2.7 and newer
+        options["reason"] = "a step of timm_alfa replays parts of the model; compile these with alfa.compile()"
+    disabled: Function = torch.compiler.disable(function, **options)
+    return disabled
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of this module runs compiled code, made by ``torch.compile(module)`` or ``module.compile()``."""
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
 def allow_second_walks() -> None:

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .checkpointing import inside_checkpoint, last_of_sequence, without_checkpointing
-from .compiler import allow_second_walks, refuse_cuda_graphs
+from .compiler import allow_second_walks, is_compiled, refuse_cuda_graphs
 from .errors import BlockError
 from .randomness import RandomState
 
@@ -146,6 +147,8 @@ class Replay:
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]):
         self.model = model
+        _refuse_blocks_inside(model, blocks)
+        self._given = dict(blocks)
         self.blocks = {name: last_of_sequence(model, block) for name, block in blocks.items()}
         self._candidates = list(_candidates(model, self.blocks))
         self._known: list[_Region] | None = None  # the regions, once a clean pass has shown them
@@ -153,8 +156,7 @@ class Replay:
         self._habits: dict[tuple[str, int], _Habit] = {}
         self._unwatched = set(self.blocks)  # blocks whose replay has not been observed yet
         self._writes_input: bool | None = None  # the model, into what it is given; the first pass shows it
-        if any(module._compiled_call_impl is not None for module in model.modules()):
-            allow_second_walks()
+        allow_second_walks()  # parts may be compiled later, too
 
     def record(
             self,
@@ -177,6 +179,11 @@ class Replay:
                 (reentrant checkpointing), or returned no floating-point tensor.
             RuntimeError: The model wrote into its input, which it did not in the first pass.
         """
+        if is_compiled(self.model):
+            raise BlockError(
+                "the model was compiled as a whole after AlfaWrapper was built; call AlfaWrapper.compile() (a task's "
+                "compile()) in place of model.compile()"
+            )
         given = (args, dict(kwargs or {}))
         kept = given if self._writes_input is False else _copy(given)
         versions = [tensor._version for tensor in _tensors(given)]
@@ -185,6 +192,11 @@ class Replay:
         with _intercept(self._candidates if self._known is None else self._known, pass_):
             output = self.model(*args, **(kwargs or {}))
         missing = [name for name in self.blocks if name not in pass_.order]
+        if missing and dict(self.model.named_modules()).get(missing[0]) is not self._given[missing[0]]:
+            raise BlockError(
+                f"block {missing[0]!r} was replaced after AlfaWrapper was built; build AlfaWrapper afterwards, and to "
+                "compile call its compile()"
+            )
         if missing:
             raise BlockError(f"block {missing[0]!r} did not run in the model's forward; choose one that does")
         self._note_input(given, versions)
@@ -527,16 +539,37 @@ def _intercept(regions: Iterable[_Region], pass_: _Pass) -> Iterator[None]:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether a module can be called (lists and dicts of modules cannot)."""
-    return getattr(type(module).forward, "__name__", "") != "_forward_unimplemented"
+    return getattr(module.forward, "__name__", "") != "_forward_unimplemented"
 
 
 def _candidates(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[_Region]:
     """The blocks, and every submodule that can be called and has no block inside, in order of definition."""
     chosen = {id(module): name for name, module in blocks.items()}
+    hidden = {
+        id(child)
+        for module in model.modules() if isinstance(module, OptimizedModule)
+        for child in module.modules() if child is not module
+    }  # compiled code calls these, and would take an interception for a part of them
     for name, module in model.named_modules():
+        if id(module) in hidden:
+            continue
         on_path = any(id(child) in chosen for child in module.modules() if child is not module)
         if module is not model and (id(module) in chosen or (has_forward(module) and not on_path)):
             yield _Region(chosen.get(id(module), name), module, id(module) in chosen, on_path)
+
+
+def _refuse_blocks_inside(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Compiled code can neither end in the middle nor start there."""
+    for name, module in model.named_modules():
+        if not is_compiled(module):
+            continue
+        inside = {id(child) for child in module.modules() if child is not module}
+        for block, chosen in blocks.items():
+            if id(chosen) in inside:
+                raise BlockError(
+                    f"block {block!r} is inside {name or 'the model'!r}, which was compiled as one; pass the model as "
+                    "it was before torch.compile, then call AlfaWrapper.compile()"
+                )
 
 
 def _contains(module: nn.Module, other: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .attack import Init, Norm, l2_norms, linf_norms
 from .batchnorm import BatchNormMode
 from .blocks import format_blocks, list_blocks
+from .compiler import stays_eager
 from .errors import UsageError
 from .eta import EtaSet
 from .eta_step import EtaStepper
@@ -283,6 +284,11 @@ class _AlfaStep(nn.Module):
                 "loss": clean, "output": output, "loss_clean": clean.detach().clone(),
                 "loss_adv": clean.detach().clone(), "loss_adv_by_block": {}, "finite": {},
             }
+        return self._train(input, target)
+
+    @stays_eager
+    def _train(self, input: Any, target: Any) -> dict[str, Any]:
+        alfa: AlfaWrapper = self.module
         of_clean, weights = self._weights()
         observe = _norms if self.monitor.norms_due else None
         swept = self.__dict__["sweep"](input, target, of_clean, weights, observe)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from . import attack
@@ -18,6 +17,7 @@ from .attack import INITS, NORMS, Init, Norm
 from .aux_batchnorm import AuxBatchNorms, norms_behind
 from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
 from .blocks import blank_input, resolve_blocks
+from .compiler import is_compiled, stays_eager
 from .errors import BlockError
 from .eta import ETA_SETS, Eta, EtaSet
 from .eta_step import EtaStepper
@@ -144,6 +144,10 @@ class AlfaWrapper(nn.Module):
             return self.module(input)
         if not (self.module.training and torch.is_grad_enabled()):
             return AlfaOutput(self.module(input), {}, {}, self.eta.values)
+        return self._train(input, target)
+
+    @stays_eager
+    def _train(self, input: Any, target: Any) -> AlfaOutput:
         if all(parameter.grad is None for parameter in self.module.parameters()):
             self.eta.values.grad = None  # what a skipped step left goes with the weights' own gradients
         recording = self.record(input)
@@ -393,7 +397,7 @@ def reaching(name: str, gradients: Sequence[Tensor | None], tensors: Sequence[Te
 def _check_model(model: nn.Module) -> None:
     if isinstance(model, DistributedDataParallel):
         raise ValueError("model: wrap the AlfaWrapper in DistributedDataParallel, not the model inside it")
-    if isinstance(model, OptimizedModule) or model._compiled_call_impl is not None:
+    if is_compiled(model):
         raise ValueError("model: pass the model as it was before torch.compile, then call AlfaWrapper.compile()")
 
 
