@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -218,3 +219,28 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.neck(self.drop(self.block(self.stem(x)).mean(dim=(2, 3)))))
+
+
+class Drawing(nn.Module):
+    """Stochastic depth and noise from whichever source of random numbers it is given, before and behind the block.
+
+    Args:
+        draw: Returns a number in [0, 1).
+        owned: Whatever the numbers come from, if it is to be an attribute of a module.
+    """
+
+    def __init__(self, draw: Callable[[], float], owned: object = None) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.block = nn.Conv2d(6, 6, 3, padding=1)
+        self.layers = nn.ModuleList([nn.Conv2d(6, 6, 3, padding=1) for _ in range(4)])
+        self.head = nn.Linear(6, 10)
+        self.layers[1].held = {"inside": [owned]}
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x)) * (0.5 + self.draw())
+        x = torch.tanh(self.block(x))
+        for layer in self.layers:
+            x = x + layer(x) * (0.1 + self.draw())
+        return self.head(x.mean(dim=(2, 3)))

@@ -17,7 +17,7 @@ SCALES = (2.0**16, 2.0**8, 1.0)
 
 
 def is_float16(output: Any) -> bool:
-    """Whether losses on this output need scaling for their gradients not to underflow."""
+    """Whether losses on these outputs and features need scaling for their gradients not to underflow."""
     return any(leaf.dtype == torch.float16 for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
@@ -33,7 +33,7 @@ def attack_gradients(
     Args:
         loss: Scalar.
         inputs: What the perturbation was added to, or is going to be.
-        output: What the model returned, on which the loss is.
+        output: What the model returned, on which the loss is, and features on the way.
         retain_graph: Whether the graph is needed afterwards.
 
     Returns:

@@ -1,33 +1,44 @@
-"""torch's random state, captured and restored: an adversarial pass sees the dropout masks of the clean one."""
+"""The random state, captured and restored: an adversarial pass sees the dropout masks of the clean one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .random_sources import Source
+
 
 @dataclass(frozen=True)
 class RandomState:
-    """The CPU's random state and those of some accelerators, at one moment."""
+    """torch's random state on the CPU and on some accelerators, and those of other sources, at one moment."""
 
     devices: tuple[torch.device, ...]
     states: tuple[Tensor, ...]
+    sources: tuple[Source, ...] = ()
+    others: tuple[Any, ...] = ()
 
     @classmethod
-    def capture(cls, devices: Sequence[torch.device] = ()) -> RandomState:
-        """The state now, of the CPU and of ``devices`` (accelerators, none of them the CPU)."""
+    def capture(cls, devices: Sequence[torch.device] = (), sources: Sequence[Source] = ()) -> RandomState:
+        """The state now, of the CPU, of ``devices`` (accelerators, none of them the CPU) and of ``sources``."""
         states = (torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in devices))
-        return cls(tuple(devices), states)
+        return cls(tuple(devices), states, tuple(sources), tuple(source.get() for source in sources))
+
+    def again(self) -> RandomState:
+        """The state now, of what this one is of."""
+        return RandomState.capture(self.devices, self.sources)
 
     def restore(self) -> None:
         """Go back to it."""
         torch.set_rng_state(self.states[0])
         for device, state in zip(self.devices, self.states[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
+        for source, other in zip(self.sources, self.others, strict=True):
+            source.set(other)
 
     @contextmanager
     def left_as_is(self) -> Iterator[None]:

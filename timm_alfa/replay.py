@@ -17,6 +17,7 @@ never see it, and regions that were compiled one by one keep their compiled call
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,7 +32,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_on
 from .checkpointing import inside_checkpoint, last_of_sequence, without_checkpointing
 from .compiler import allow_second_walks, is_compiled, refuse_cuda_graphs
 from .errors import BlockError
+from .random_sources import Source, moved, random_sources
 from .randomness import RandomState
+
+_logger = logging.getLogger(__name__)
 
 _SLOT = "_compiled_call_impl"  # read by nn.Module.__call__ before anything else, left out of copies and pickles
 
@@ -44,11 +48,13 @@ class Feature:
         tensors: The floating-point tensors of the output, each [B, ...], connected to the clean graph.
         leaves: All leaves of the output.
         spec: How the leaves were nested.
+        autocast: Whether the block ended under autocast, which the training loop or the model itself may have opened.
     """
 
     tensors: list[Tensor]
     leaves: list[Any]
     spec: TreeSpec
+    autocast: bool = False
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The block's output with its floating-point tensors replaced, in their order."""
@@ -155,6 +161,8 @@ class Replay:
         self._optional: set[_Region] = set()  # regions that some passes do without (layers dropped at random)
         self._habits: dict[tuple[str, int], _Habit] = {}
         self._unwatched = set(self.blocks)  # blocks whose replay has not been observed yet
+        self._sources: tuple[Source, ...] | None = None  # of random numbers, besides torch's; found in the first pass
+        self._drawn_from: tuple[Source, ...] = ()  # those that some pass has drawn from
         self._writes_input: bool | None = None  # the model, into what it is given; the first pass shows it
         allow_second_walks()  # parts may be compiled later, too
 
@@ -187,7 +195,12 @@ class Replay:
         given = (args, dict(kwargs or {}))
         kept = given if self._writes_input is False else _copy(given)
         versions = [tensor._version for tensor in _tensors(given)]
-        start = RandomState.capture(random_devices(self.model, args))
+        first = self._sources is None
+        if self._sources is None:
+            self._sources = self._drawn_from = random_sources(self.model)
+        untouched = [source for source in self._sources if source not in self._drawn_from]
+        states = [source.get() for source in untouched]
+        start = RandomState.capture(random_devices(self.model, args), self._drawn_from)
         pass_ = _RecordPass(self, start, cut)
         with _intercept(self._candidates if self._known is None else self._known, pass_):
             output = self.model(*args, **(kwargs or {}))
@@ -202,13 +215,25 @@ class Replay:
         self._note_input(given, versions)
         pass_.note_mutations()
         self._note_regions(set(pass_.calls))
+        end = start.again()
+        if first:
+            moving = zip(start.sources, start.others, end.others, strict=True)
+            self._drawn_from = tuple(source for source, before, after in moving if moved(before, after))
+        late = [source for source, state in zip(untouched, states, strict=True) if moved(state, source.get())]
+        if late:
+            self._drawn_from += tuple(late)
+            end = RandomState.capture(start.devices, self._drawn_from)
+            _logger.warning(
+                f"the model draws from {', '.join(source.name for source in late)}, which it did not in its first "
+                "step: the adversarial pass of this one step draws other numbers, later ones repeat them"
+            )
         args_again, kwargs_again = kept if self._writes_input else given
         return Recording(
             output,
             {name: pass_.features[name] for name in self.blocks},
             pass_.cuts,
             start,
-            RandomState.capture(start.devices),
+            end,
             args_again,
             kwargs_again,
             pass_.calls,
@@ -241,6 +266,25 @@ class Replay:
             pass_.note_reads()
             self._unwatched.discard(block)
         return output
+
+    def check_repeats(self, recording: Recording) -> None:
+        """Replay every block with the feature that it had: what comes out has to be the clean output.
+
+        Args:
+            recording: Of a clean pass, whose random states are found and put back here; statistics are the caller's.
+
+        Raises:
+            BlockError: It is not: the adversarial pass would differ from the clean one by more than the perturbation.
+        """
+        for name, feature in recording.features.items():
+            with torch.no_grad():
+                again = self.replay(recording, name, feature.rebuild(feature.tensors))
+            if not all(map(_same, _tensors(recording.output), _tensors(again))):
+                raise BlockError(
+                    f"what follows block {name!r} returns another output when it runs again on the same feature: it "
+                    "draws random numbers from a generator that is no attribute of a module, or changes from call to "
+                    "call; hold the generator in the module that draws from it, or choose a block behind it"
+                )
 
     def is_read(self, key: tuple[str, int]) -> bool:
         """Whether a replay was seen to use this output of a region: it bypasses a block."""
@@ -360,7 +404,7 @@ class _RecordPass(_Pass):
             habit = self.owner._habits.setdefault(key, _Habit())
             self.copies.append((habit, _tensors(output), tensors, [tensor._version for tensor in tensors]))
         versions = [tensor._version for tensor in _tensors(output)]
-        state = RandomState.capture(self.start.devices)
+        state = self.start.again()
         calls.append(_Call(key, self.count, output, versions, state))
         self.count += 1
         return handed
@@ -396,7 +440,9 @@ class _RecordPass(_Pass):
                 leaves[index] = leaves[index].detach().requires_grad_()
             elif len(floating) > 1:  # one may be computed from another, or be it: each is to have its own gradient
                 leaves[index] = leaves[index].view_as(leaves[index])
-        self.features[region.name] = Feature([leaves[index] for index in floating], leaves, spec)
+        tensors = [leaves[index] for index in floating]
+        autocast = torch.is_autocast_enabled(tensors[0].device.type)
+        self.features[region.name] = Feature(tensors, leaves, spec, autocast)
         return tree_unflatten(leaves, spec)
 
     def _cut(self, region: _Region, output: Any) -> Any:
@@ -586,6 +632,15 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _memory(tensors: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding, which other kernels may do in another order."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    tolerance = torch.finfo(one.dtype).eps ** 0.6  # 1e-9 for float64, 1e-4 for float32, 0.05 for bfloat16
+    one, other = one.detach().double(), other.double()
+    return bool((one - other).abs().max() <= tolerance * one.abs().max()) or not bool(one.isfinite().all())
 
 
 def _copy(output: Any) -> Any:

@@ -140,7 +140,7 @@ class Sweep:
         delta = alfa.find_delta(recording, block, target, first, note=lambda step: found.append(is_finite(step)))
         if observe is not None:
             swept.observed[block] = observe(delta, feature.tensors)
-        perturbed = [part.detach().requires_grad_() for part in alfa.perturbed(block, feature.tensors, delta)]
+        perturbed = [part.detach().requires_grad_() for part in alfa.perturbed(block, feature, feature.tensors, delta)]
         loss = scalar_loss(self.criterion, alfa.replay(recording, block, feature.rebuild(perturbed)), target)
         swept.adversarial[block] = loss.detach()
         swept.loss = swept.loss + weight * swept.adversarial[block]
@@ -168,7 +168,8 @@ class _Gradients:
 
     def __init__(self, alfa: AlfaWrapper, recording: Recording, loss_scale: Tensor | float, outer: list[Tensor]):
         self.alfa = alfa
-        self.float16 = is_float16(recording.output)
+        features = [feature.tensors for feature in recording.features.values()]
+        self.float16 = is_float16((recording.output, features))  # a model may return float32 from float16 features
         # float16 gradients underflow unless the loss is scaled as the training loop scales it
         self.scale = loss_scale if self.float16 else 1.0
         self.cuts = recording.cuts

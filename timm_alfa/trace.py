@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .flop_count import FlopCounter
+from .random_sources import random_sources
 from .randomness import RandomState
 from .replay import random_devices, watch_outputs
 
@@ -47,7 +48,7 @@ def trace(model: nn.Module, input: Tensor) -> list[Visit]:
     visits: dict[str, Visit] = {}
     finished: dict[str, int] = {}
     counter = FlopCounter()
-    state = RandomState.capture(random_devices(model, (input,)))
+    state = RandomState.capture(random_devices(model, (input,)), random_sources(model))
 
     def note(name: str, module: nn.Module, output: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -23,8 +23,9 @@ from .eta import ETA_SETS, Eta, EtaSet
 from .eta_step import EtaStepper
 from .float16 import attack_gradients
 from .loss import scalar_loss
+from .random_sources import random_sources
 from .randomness import RandomState
-from .replay import Recording, Replay, random_devices
+from .replay import Feature, Recording, Replay, random_devices
 from .trace import evaluating
 
 Gradient = Literal["full", "tail"]
@@ -130,6 +131,7 @@ class AlfaWrapper(nn.Module):
         self.passes = 0  # how many training steps were made: random starts are drawn anew in each
         self.aux = AuxBatchNorms(model) if bn == "aux" else None
         self._aux_checked = False
+        self._repeats_checked = False
         self._replay: Replay | None = Replay(model, modules)
         self._statistics = Statistics(model)
 
@@ -188,7 +190,7 @@ class AlfaWrapper(nn.Module):
             BlockError: A block that runs several times per forward, not at all, or that cannot be perturbed.
         """
         trace_blocks = Replay(self.module, resolve_blocks(self.module, self.blocks))
-        start = RandomState.capture(random_devices(self.module, ()))
+        start = RandomState.capture(random_devices(self.module, ()), random_sources(self.module))
         with start.left_as_is(), evaluating(self.module), torch.enable_grad():
             recording = trace_blocks.record((blank_input(self.module, input_size, batch_size=2),))
             for name, feature in recording.features.items():
@@ -211,6 +213,10 @@ class AlfaWrapper(nn.Module):
             self._aux_checked = True
         with self._statistics.observed():
             recording = replay.record((input,), cut=cut)
+        if not self._repeats_checked:
+            with recording.end.left_as_is(), self._statistics.kept():
+                replay.check_repeats(recording)
+            self._repeats_checked = True
         self.eta.to(next(iter(recording.features.values())).tensors[0].device)
         self.passes += 1
         return recording
@@ -255,7 +261,7 @@ class AlfaWrapper(nn.Module):
         if not self.starts_from_clean:
             return {}
         tensors = [tensor for feature in recording.features.values() for tensor in feature.tensors]
-        gradients = iter(self._gradient(recording.output, target, tensors, retain_graph=True))
+        gradients = iter(self._gradient(recording.output, target, tensors, tensors, retain_graph=True))
         return {
             name: reaching(name, [next(gradients) for _ in feature.tensors], feature.tensors)
             for name, feature in recording.features.items()
@@ -285,9 +291,9 @@ class AlfaWrapper(nn.Module):
 
         def gradient_at(delta: list[Tensor]) -> list[Tensor]:
             leaves = [part.detach().requires_grad_() for part in delta]
-            value = feature.rebuild(_add([tensor.detach() for tensor in feature.tensors], leaves))
+            value = feature.rebuild(_add(feature, [tensor.detach() for tensor in feature.tensors], leaves))
             output = self._active_replay().replay(recording, name, value, detach=True)
-            found = reaching(name, self._gradient(output, target, leaves), leaves)
+            found = reaching(name, self._gradient(output, target, leaves, feature.tensors), leaves)
             if note is not None:
                 note(found)
             return found
@@ -317,20 +323,23 @@ class AlfaWrapper(nn.Module):
         """
         feature = recording.features[name]
         tensors = feature.tensors if self.grad == "full" else [tensor.detach() for tensor in feature.tensors]
-        return self.replay(recording, name, feature.rebuild(self.perturbed(name, tensors, delta)))
+        return self.replay(recording, name, feature.rebuild(self.perturbed(name, feature, tensors, delta)))
 
-    def perturbed(self, name: str, feature: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
+    def perturbed(
+            self, name: str, feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor],
+    ) -> list[Tensor]:
         """f_i + eta_i * delta_i.
 
         Args:
             name: The block.
-            feature: The floating-point tensors of its output, each [B, ...].
+            feature: Its output.
+            tensors: The floating-point tensors of it, each [B, ...], as they are or detached.
             delta: One tensor of the same shape for each.
         """
         if self.eta.learnable:
             strength = self.eta.values[self.blocks.index(name)]
             delta = [strength.to(part.dtype) * part for part in delta]
-        return _add(feature, delta)
+        return _add(feature, tensors, delta)
 
     def replay(self, recording: Recording, name: str, value: Any) -> Any:
         """T_i(value): only the tail of the block computes.
@@ -366,18 +375,19 @@ class AlfaWrapper(nn.Module):
             output: Any,
             target: Any,
             inputs: Sequence[Tensor],
+            features: Sequence[Tensor],
             retain_graph: bool = False,
     ) -> tuple[Tensor | None, ...]:
         loss = scalar_loss(self.criterion, output, target)
-        return attack_gradients(loss, inputs, output, retain_graph=retain_graph)
+        return attack_gradients(loss, inputs, (output, features), retain_graph=retain_graph)
 
 
-def _add(features: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
+def _add(feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
     """f + delta in the precision of delta. Under autocast it stays there, where rounding to bfloat16 would lose it."""
-    sums = [feature + part for feature, part in zip(features, delta, strict=True)]
-    if torch.is_autocast_enabled(sums[0].device.type):
+    sums = [tensor + part for tensor, part in zip(tensors, delta, strict=True)]
+    if feature.autocast:
         return sums
-    return [total.to(feature.dtype) for total, feature in zip(sums, features, strict=True)]
+    return [total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)]
 
 
 def reaching(name: str, gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batchnorm import Statistics
 from ..compiler import allow_second_walks
 from ..loss import scalar_loss
+from ..random_sources import Source, random_sources
 from ..randomness import RandomState
 from ..ranks import mean_over_ranks
 from ..replay import random_devices
@@ -50,6 +51,7 @@ class PeerTask(ClassificationTask):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.passes = 0  # training steps made: what a step draws by itself follows from it
         self.statistics = Statistics(model)
+        self._sources: tuple[Source, ...] | None = None
         # Not registered as submodules: until DDP wraps the step, the trainable module is the bare model.
         self.__dict__["model"] = model
         self.__dict__["step"] = _Step(model, self.compute)
@@ -112,8 +114,10 @@ class PeerTask(ClassificationTask):
         return result
 
     def random_state(self, input: Tensor) -> RandomState:
-        """The random state now, of the CPU and of the accelerators that the model draws on."""
-        return RandomState.capture(random_devices(self.__dict__["model"], (input,)))
+        """The random state now, of the CPU, and of the accelerators and other sources that the model may draw from."""
+        if self._sources is None:
+            self._sources = random_sources(self.__dict__["model"])
+        return RandomState.capture(random_devices(self.__dict__["model"], (input,)), self._sources)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """For what a step draws besides the model's own draws, anew in each step; the global state stays as it is."""
@@ -179,7 +183,7 @@ class _Step(nn.Module):
 @contextmanager
 def from_same_start(start: RandomState) -> Iterator[None]:
     """A pass that draws what the pass before drew (dropout masks), and leaves the random state as that one did."""
-    end = RandomState.capture(start.devices)
+    end = start.again()
     start.restore()
     with end.left_as_is():
         yield

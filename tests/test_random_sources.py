@@ -1,0 +1,248 @@
+"""Random numbers that torch's seed does not govern: adversarial passes draw what the clean pass drew."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference.plain_alfa import plain_alfa
+from torch import nn
+from toys import Drawing, Small, batch
+
+from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, BlockError
+from timm_alfa.peers import AdvPropTask, PgdTask, PixelAttack
+from timm_alfa.random_sources import Source, moved, random_sources
+from timm_alfa.randomness import RandomState
+
+ALPHA = 0.05
+
+
+def _torch(seed: int = 5) -> Drawing:
+    generator = torch.Generator().manual_seed(seed)
+    return Drawing(lambda: float(torch.rand((), generator=generator)), generator)
+
+
+def _own_random() -> Drawing:
+    own = random.Random(5)
+    return Drawing(own.random, own)
+
+
+def _own_numpy() -> Drawing:
+    own = np.random.default_rng(5)
+    return Drawing(own.random, own)
+
+
+def _own_legacy() -> Drawing:
+    own = np.random.RandomState(5)
+    return Drawing(own.random_sample, own)
+
+
+SOURCES: dict[str, Callable[[], Drawing]] = {
+    "torch": lambda: Drawing(lambda: float(torch.rand(()))),
+    "random": lambda: Drawing(random.random),
+    "numpy": lambda: Drawing(np.random.rand),
+    "torch.Generator": _torch,
+    "random.Random": _own_random,
+    "numpy Generator": _own_numpy,
+    "numpy RandomState": _own_legacy,
+}
+
+
+def _model(name: str) -> Drawing:
+    torch.manual_seed(3)
+    return SOURCES[name]().double().train()
+
+
+def _seed() -> None:
+    torch.manual_seed(7), random.seed(7), np.random.seed(7)
+
+
+class Replayed(nn.Module):
+    """For a reference that runs the whole model again: every pass draws what the first one drew."""
+
+    def __init__(self, model: Drawing) -> None:
+        super().__init__()
+        self.inner = model
+        self.numbers: list[float] = []
+        draw = model.draw
+
+        def again() -> float:
+            self.position += 1
+            if self.position > len(self.numbers):
+                self.numbers.append(draw())
+            return self.numbers[self.position - 1]
+
+        model.draw = again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.position = 0
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("front", ["wrapper", "task"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_adversarial_pass_draws_what_the_clean_pass_drew(name: str, front: str) -> None:
+    images, target = batch(8)
+    model, reference = _model(name), Replayed(_model(name))
+    options: dict[str, Any] = {"alpha": ALPHA, "steps": 3, "norm": "l2"}
+    if front == "wrapper":
+        alfa = AlfaWrapper(model, F.cross_entropy, ["block", "layers.1"], **options)
+        loss_of = lambda: AlfaLoss(F.cross_entropy)(alfa(images, target), target).loss  # noqa: E731
+    else:
+        task = AlfaTask(model, F.cross_entropy, ["block", "layers.1"], verbose=False, **options)
+        loss_of = lambda: task(images, target)["loss"]  # noqa: E731
+    _seed()
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    after = (torch.rand(()), random.random(), np.random.rand(), model.draw())
+    _seed()
+    for loss, gradients in found:
+        reference.numbers.clear()
+        blocks = ["inner.block", "inner.layers.1"]
+        expected = plain_alfa(reference, F.cross_entropy, images, target, blocks, **options)
+        torch.testing.assert_close(loss, expected.loss.detach(), rtol=1e-12, atol=0)
+        for gradient, wanted in zip(gradients, expected.gradients.values(), strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-14)
+    twin = _model(name)
+    _seed()
+    for _ in range(3):
+        twin(images)
+    assert after == (torch.rand(()), random.random(), np.random.rand(), twin.draw())
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_lambda_zero_is_plain_training_whatever_is_drawn_from(name: str) -> None:
+    images, target = batch(8)
+    weights = []
+    for with_alfa in (False, True):
+        model = _model(name)
+        task = AlfaTask(model, F.cross_entropy, "block", steps=2, lam=0.0, verbose=False) if with_alfa else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        _seed()
+        for _ in range(3):
+            optimizer.zero_grad()
+            (task(images, target)["loss"] if task else F.cross_entropy(model(images), target)).backward()
+            optimizer.step()
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("kind", [AdvPropTask, PgdTask])
+@pytest.mark.parametrize("name", SOURCES)
+def test_attacks_on_pixels_see_the_same_draws(name: str, kind: Any) -> None:
+    """Without a perturbation both passes are one, whatever is drawn."""
+    images, target = batch(8)
+    model = _model(name)
+    task = kind(model, F.cross_entropy, PixelAttack(0.0, 1.0, 2, (0.5,), (0.25,)), verbose=False)
+    _seed()
+    for _ in range(2):
+        result = task(images, target)
+        assert torch.equal(result["loss_adv"], result.get("loss_clean", result["loss"].detach()))
+    found = model.draw()
+    twin = _model(name)
+    _seed()
+    for _ in range(2):
+        twin(images)
+    assert found == twin.draw()
+
+
+@pytest.mark.parametrize("front", ["wrapper", "task"])
+def test_a_generator_that_nobody_owns_is_refused(front: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    model = Drawing(lambda: float(torch.rand((), generator=generator))).double().train()
+    if front == "wrapper":
+        step: Any = AlfaWrapper(model, F.cross_entropy, "block")
+    else:
+        step = AlfaTask(model, F.cross_entropy, "block", verbose=False)
+    with pytest.raises(BlockError, match=r"'block' returns another output when it runs again.*hold the gen"):
+        step(*batch(8))
+
+
+def test_a_model_that_changes_from_call_to_call_is_refused() -> None:
+    numbers = iter(range(1000))
+    model = Drawing(lambda: 0.1 * next(numbers)).double().train()
+    with pytest.raises(BlockError, match="changes from call to call"):
+        AlfaWrapper(model, F.cross_entropy, "block")(*batch(8))
+
+
+def test_a_source_that_is_drawn_from_later_is_told_and_then_replayed(caplog: pytest.LogCaptureFixture) -> None:
+    images, target = batch(8)
+    late = [False]
+    model = Drawing(lambda: random.random() if late[0] else 0.5).double().train()
+    alfa = AlfaWrapper(model, F.cross_entropy, "block", alpha=1e-12)
+    with caplog.at_level(logging.WARNING):
+        alfa(images, target)
+        late[0] = True
+        assert not caplog.messages
+        alfa(images, target)
+        assert [message[:42] for message in caplog.messages] == ["the model draws from Python's random, whic"]
+        output = alfa(images, target)
+    assert len(caplog.messages) == 1
+    torch.testing.assert_close(output.adv_outputs["block"], output.output, rtol=1e-9, atol=0)
+
+
+def test_autocast_that_the_model_opens() -> None:
+    class Inside(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    images, target = batch(8, dtype=torch.float32)
+    found = []
+    for kind, outer in ((Inside, False), (Small, True), (Inside, True)):
+        torch.manual_seed(3)
+        model = kind(drop=0.0).train()
+        alfa = AlfaWrapper(model, lambda output, target: F.cross_entropy(output.float(), target), "block", alpha=0.01)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+                output = alfa(images, target)
+        found.append((output.output.float(), output.adv_outputs["block"].float(), output.deltas["block"]))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one, two)
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+def test_only_what_is_drawn_from_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+    capture = RandomState.capture.__func__
+
+    def counted(cls: Any, devices: Any = (), sources: Any = ()) -> RandomState:
+        captured.append(len(sources))
+        return capture(cls, devices, sources)
+
+    monkeypatch.setattr(RandomState, "capture", classmethod(counted))
+    alfa = AlfaWrapper(_model("random.Random"), F.cross_entropy, "block")
+    alfa(*batch(8))
+    assert set(captured) == {3}  # Python, numpy, and the model's own
+    captured.clear()
+    alfa(*batch(8))
+    assert set(captured) == {1}
+
+
+def test_sources_are_found_once_each_and_by_name() -> None:
+    model = nn.Sequential(_torch(), _own_numpy())
+    model[1].layers[1].again = model[0].layers[1].held
+    names = [source.name for source in random_sources(model)]
+    assert names == ["Python's random", "numpy.random", "0.layers.1.held", "1.layers.1.held"]
+    assert len(random_sources(copy.deepcopy(model))) == 4
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_moved(draw: Callable[[], float]) -> None:
+    sources: tuple[Source, ...] = random_sources(nn.Identity())
+    before = [source.get() for source in sources]
+    assert not any(moved(state, source.get()) for state, source in zip(before, sources, strict=True))
+    draw()
+    assert sum(moved(state, source.get()) for state, source in zip(before, sources, strict=True)) == 1
