@@ -159,7 +159,7 @@ def test_table_of_blocks() -> None:
     text = describe_blocks(_parse("--alfa-blocks", "layer4", "layer2.0.bn2"), model, (3, 32, 32), torch.device("cpu"))
     marked = [line.split()[1] for line in text.splitlines() if line.startswith("> ")]
     assert marked == ["layer2.0.bn2", "layer4"]
-    assert "* a stage of feature_info" in text.splitlines()[-1]
+    assert "* a stage of the backbone" in text.splitlines()[-1]
     assert not any(line.startswith("> ") for line in describe_blocks(
         _parse(), model, (3, 32, 32), torch.device("cpu")).splitlines())
     with pytest.raises(UsageError, match="--alfa-blocks layr4: no block is called 'layr4'"):

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
 
+from .backbone import all_stages, backbone_or_itself, stages_of, the_backbone
 from .errors import BlockError
 from .paper_sets import PAPER_SETS, paper_set
 from .replay import has_forward
@@ -31,7 +31,7 @@ class BlockInfo:
         type: Its class.
         shape: Shape of its output for one image, without the batch dimension; one per tensor if it returns several.
         tail_share: Share of the forward's FLOPs that run after it, in [0, 1]: what one more tail pass costs.
-        is_stage: Whether it is one of the model's ``feature_info`` stages, the ones that ``@stages`` means.
+        is_stage: Whether it is a stage of the model's backbone, one of those that ``@stages`` means.
     """
 
     name: str
@@ -48,11 +48,12 @@ def resolve_blocks(model: nn.Module, blocks: str | Sequence[str]) -> dict[str, n
         model: Any module.
         blocks: Names as in ``model.named_modules()``; globs, in which ``*`` does not cross a dot (``blocks.*``);
             ``@last`` (the last stage of ``feature_info``), ``@stages`` (all of them), and the paper's own sets,
-            see :mod:`timm_alfa.paper_sets`.
+            see :mod:`timm_alfa.paper_sets`. Keywords mean the timm or torchvision backbone inside the model, where
+            it is not one itself, see :mod:`timm_alfa.backbone`.
 
     Raises:
         BlockError: A name that does not exist (with the nearest ones), a glob that matches nothing, a container that
-            has no forward, the model itself, or an empty list.
+            has no forward, the model itself, an empty list, or a keyword that could mean several things, or nothing.
     """
     patterns = [blocks] if isinstance(blocks, str) else list(blocks)
     if not patterns:
@@ -87,7 +88,7 @@ def list_blocks(
     Returns:
         One entry per module that runs exactly once and returns floating-point tensors.
     """
-    stages = set(_stage_names(model))
+    stages = set(all_stages(model))
     infos = []
     for visit in trace(model, blank_input(model, input_size)):
         listed = depth is None or visit.name.count(".") < depth or visit.name in stages
@@ -120,11 +121,12 @@ def _percent(share: float) -> str:
 def blank_input(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_size: int = 1) -> torch.Tensor:
     """Zeros of the model's input size, [batch_size, C, H, W], on its device and in its dtype."""
     if input_size is None:
-        config = getattr(model, "pretrained_cfg", None) or {}
+        owner = model if getattr(model, "pretrained_cfg", None) else backbone_or_itself(model)
+        config = getattr(owner, "pretrained_cfg", None) or {}
         input_size = config.get("input_size")
         if input_size is None:
             raise ValueError("input_size: needed for a model without a pretrained_cfg, such as (3, 224, 224)")
-        input_size = (getattr(model, "in_chans", None) or input_size[0], *input_size[1:])
+        input_size = (getattr(owner, "in_chans", None) or input_size[0], *input_size[1:])
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)
 
@@ -162,53 +164,7 @@ def _keyword(model: nn.Module, keyword: str) -> list[str]:
     if keyword not in KEYWORDS:
         raise BlockError(f"{keyword!r} is no keyword; the keywords are {', '.join(KEYWORDS)}")
     if keyword in PAPER_SETS:
-        return paper_set(model, keyword)
-    stages = _stage_names(model)
-    if not stages:
-        raise BlockError(f"{keyword!r} needs a model with feature_info or one list of blocks; name its blocks instead")
+        prefix, backbone = the_backbone(model, keyword)
+        return [prefix + name for name in paper_set(backbone, keyword)]
+    stages = stages_of(model, keyword)
     return stages[-1:] if keyword == "@last" else stages
-
-
-def _stage_names(model: nn.Module) -> list[str]:
-    """The modules of ``feature_info``; where it has none, or none that exist, the blocks of the model's main list."""
-    modules = list(_feature_modules(model))
-    names = [name for name in (_callable_name(model, name) for name in modules) if name]
-    return list(dict.fromkeys(names)) or _blocks_of_main_list(model, guess=bool(modules))
-
-
-def _feature_modules(model: nn.Module) -> Iterator[str]:
-    info: Any = getattr(model, "feature_info", None) or []
-    for entry in getattr(info, "info", info):
-        if isinstance(entry, dict) and entry.get("module"):
-            yield entry["module"]
-
-
-def _callable_name(model: nn.Module, name: str) -> str | None:
-    """The module called ``name``, or for a list without a forward, the last of what it holds."""
-    module: Any = dict(model.named_modules()).get(name)
-    while module is not None and not has_forward(module):
-        children = list(module.named_children())
-        if not children:
-            return None
-        name, module = f"{name}.{children[-1][0]}", children[-1][1]
-    return name if module is not None else None
-
-
-def _blocks_of_main_list(model: nn.Module, guess: bool) -> list[str]:
-    """Names of the modules in the outermost list of modules.
-
-    Args:
-        model: Any module.
-        guess: Of several such lists take the one with the most parameters; otherwise nobody knows which one is meant.
-    """
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if name and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
-    ]
-    outermost = [name for name in lists if name.count(".") == min(other.count(".") for other in lists)]
-    if not outermost or (len(outermost) > 1 and not guess):
-        return []
-    main = max(outermost, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
-    names = [_callable_name(model, f"{main}.{child}") for child, _ in model.get_submodule(main).named_children()]
-    return [child for child in names if child]

@@ -232,7 +232,7 @@ def describe_blocks(
     infos = [
         info for info in list_blocks(model, input_size, depth=None) if info.name.count(".") < 2 or info.name in marked
     ]
-    legend = "* a stage of feature_info: @stages, the last of them @last. Modules deeper inside can be named too."
+    legend = "* a stage of the backbone: @stages, the last of them @last. Modules deeper inside can be named too."
     return f"{format_blocks(infos, marked)}\n{legend}"
 
 

@@ -1,11 +1,17 @@
-"""Random states that torch's seed does not govern: Python's, numpy's, and generators that modules own."""
+"""Random states that torch's seed does not govern: Python's, numpy's, and generators that a model draws from.
+
+Such a generator is an attribute of a module, or is held by a function that a module calls: in its closure, or as a
+global of its file. What cannot be found this way (a generator inside an object that is none of these) is not replayed.
+"""
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -32,7 +38,8 @@ def random_sources(model: nn.Module) -> tuple[Source, ...]:
     """Every source that the model's forward may draw from, besides torch's own.
 
     Args:
-        model: Generators are looked for in the attributes of its modules, in lists, tuples and dicts too.
+        model: Generators are looked for in the attributes of its modules, in lists, tuples and dicts too, and in the
+            functions that are attributes or methods of them.
     """
     found = [Source("Python's random", random.getstate, random.setstate)]
     numpy = sys.modules.get("numpy")
@@ -67,13 +74,66 @@ def moved(before: Any, after: Any) -> bool:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Whatever the modules and their functions hold, with a name."""
+    functions: dict[int, tuple[str, Any]] = {}
     for path, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers", "_modules"):
-                continue
-            leaves = tree_leaves(value) if isinstance(value, (list, tuple, dict)) else [value]
-            for leaf in leaves:
-                yield ".".join(filter(None, (path, attribute))), leaf
+            if attribute not in ("_parameters", "_buffers", "_modules"):
+                name = ".".join(filter(None, (path, attribute)))
+                for leaf in _leaves(value):
+                    functions.setdefault(id(leaf), (name, leaf))
+                    yield name, leaf
+        for kind in type(module).__mro__:
+            if not _is_well_known(kind.__module__):
+                for attribute, value in vars(kind).items():
+                    functions.setdefault(id(value), (f"{kind.__name__}.{attribute}", value))
+                    yield from ((f"{kind.__name__}.{attribute}", leaf) for leaf in _leaves(value))
+    queue = list(functions.values())
+    while queue:
+        name, value = queue.pop()
+        for held_as, held in _held_by(value):
+            for leaf in _leaves(held):
+                if id(leaf) not in functions:
+                    functions[id(leaf)] = (held_as, leaf)
+                    queue.append((held_as, leaf))
+                    yield held_as, leaf
+
+
+def _leaves(value: Any) -> list[Any]:
+    return tree_leaves(value) if isinstance(value, (list, tuple, dict)) else [value]
+
+
+def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a function's closure holds, and those globals that it names; functions of well-known libraries hold none."""
+    if isinstance(value, functools.partial):
+        yield from (("an argument", held) for held in (value.func, *value.args, *value.keywords.values()))
+    if isinstance(value, (staticmethod, classmethod, MethodType)):
+        value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    if not isinstance(value, FunctionType) or _is_well_known(value.__module__ or ""):
+        return
+    names = value.__code__.co_freevars
+    for name, cell in zip(names, value.__closure__ or (), strict=True):
+        try:
+            yield f"{name} of {value.__qualname__}", cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for name in _names(value.__code__):
+        if name in value.__globals__:
+            yield f"{name} of {value.__module__}", value.__globals__[name]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function inside
+            yield from _names(constant)
+
+
+def _is_well_known(module: str) -> bool:
+    """Whether forwards of this library draw from torch's own states alone."""
+    return module.partition(".")[0] in ("torch", "torchvision", "timm", "timm_alfa", "numpy", "random", "builtins")
 
 
 def _source(name: str, value: Any) -> Source | None:

@@ -267,25 +267,6 @@ class Replay:
             self._unwatched.discard(block)
         return output
 
-    def check_repeats(self, recording: Recording) -> None:
-        """Replay every block with the feature that it had: what comes out has to be the clean output.
-
-        Args:
-            recording: Of a clean pass, whose random states are found and put back here; statistics are the caller's.
-
-        Raises:
-            BlockError: It is not: the adversarial pass would differ from the clean one by more than the perturbation.
-        """
-        for name, feature in recording.features.items():
-            with torch.no_grad():
-                again = self.replay(recording, name, feature.rebuild(feature.tensors))
-            if not all(map(_same, _tensors(recording.output), _tensors(again))):
-                raise BlockError(
-                    f"what follows block {name!r} returns another output when it runs again on the same feature: it "
-                    "draws random numbers from a generator that is no attribute of a module, or changes from call to "
-                    "call; hold the generator in the module that draws from it, or choose a block behind it"
-                )
-
     def is_read(self, key: tuple[str, int]) -> bool:
         """Whether a replay was seen to use this output of a region: it bypasses a block."""
         return key in self._habits and self._habits[key].read
@@ -632,15 +613,6 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _memory(tensors: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding, which other kernels may do in another order."""
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    tolerance = torch.finfo(one.dtype).eps ** 0.6  # 1e-9 for float64, 1e-4 for float32, 0.05 for bfloat16
-    one, other = one.detach().double(), other.double()
-    return bool((one - other).abs().max() <= tolerance * one.abs().max()) or not bool(one.isfinite().all())
 
 
 def _copy(output: Any) -> Any:

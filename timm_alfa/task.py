@@ -91,6 +91,9 @@ class AlfaTask(ClassificationTask):
             raise ValueError(
                 f"sample_blocks: expected 1 to {len(alfa.blocks)}, the number of blocks, found {sample_blocks}"
             )
+        asked = [blocks] if isinstance(blocks, str) else list(blocks)
+        if verbose and asked != alfa.blocks:
+            _logger.info(f"blocks {' '.join(asked)}: {', '.join(alfa.blocks)}")
         self.objective = AlfaLoss(self.criterion, lam, gamma, reduction)
         self.monitor = Monitor(alfa)
         # Not registered as a submodule: until DDP wraps the step, the trainable module is the bare model.

@@ -131,7 +131,6 @@ class AlfaWrapper(nn.Module):
         self.passes = 0  # how many training steps were made: random starts are drawn anew in each
         self.aux = AuxBatchNorms(model) if bn == "aux" else None
         self._aux_checked = False
-        self._repeats_checked = False
         self._replay: Replay | None = Replay(model, modules)
         self._statistics = Statistics(model)
 
@@ -213,10 +212,6 @@ class AlfaWrapper(nn.Module):
             self._aux_checked = True
         with self._statistics.observed():
             recording = replay.record((input,), cut=cut)
-        if not self._repeats_checked:
-            with recording.end.left_as_is(), self._statistics.kept():
-                replay.check_repeats(recording)
-            self._repeats_checked = True
         self.eta.to(next(iter(recording.features.values())).tensors[0].device)
         self.passes += 1
         return recording
