@@ -2,20 +2,39 @@
 
 A perturbation is a sequence of tensors, [B, ...] each, because a block may return several; its l2 norm is taken per
 sample over all of them. Some may have several rows per sample, [B * N, ...], such as TNT's inner tokens. Step sizes and
-radii are numbers, or tensors that broadcast against [B, ...] (AdvProp's per-channel scales).
+radii are numbers, tensors that broadcast against [B, ...] (AdvProp's per-channel scales), or :class:`PerSample` sizes,
+which follow from the feature (:mod:`timm_alfa.sizes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .sizes import Relative, Size, l2_norm, rms
+
 Norm = Literal["linf", "l2"]
 Init = Literal["zero", "uniform"]
-Scale: TypeAlias = float | Tensor
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """A size of its own for every sample.
+
+    Args:
+        parts: For each tensor of the perturbation, what broadcasts against it: the size in ``linf``.
+        norms: [B], the size in ``l2``.
+    """
+
+    parts: list[Tensor]
+    norms: Tensor
+
+
+Scale: TypeAlias = float | Tensor | PerSample
 
 NORMS: tuple[Norm, ...] = ("linf", "l2")
 INITS: tuple[Init, ...] = ("zero", "uniform")
@@ -26,6 +45,18 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def absolute(size: Size, features: Sequence[Tensor]) -> Scale:
+    """A size in units of the feature: a share becomes a number for every sample.
+
+    Args:
+        size: A number, or a share of the feature.
+        features: [B, ...] each, the clean ones.
+    """
+    if not isinstance(size, Relative):
+        return size
+    return PerSample([size.share * part for part in rms(features)], size.share * l2_norm(features))
+
+
 def zeros(features: Sequence[Tensor]) -> list[Tensor]:
     """The perturbation that every attack starts from by default."""
     return [torch.zeros_like(feature, dtype=working_dtype(feature.dtype)) for feature in features]
@@ -33,7 +64,12 @@ def zeros(features: Sequence[Tensor]) -> list[Tensor]:
 
 def uniform(features: Sequence[Tensor], eps: Scale, generator: torch.Generator | None = None) -> list[Tensor]:
     """A random start, each entry uniform in [-eps, eps]."""
-    return [part.uniform_(-1, 1, generator=generator) * eps for part in zeros(features)]
+    return scaled([part.uniform_(-1, 1, generator=generator) for part in zeros(features)], eps)
+
+
+def scaled(parts: Sequence[Tensor], size: Scale) -> list[Tensor]:
+    """Each tensor times the size."""
+    return [part * own for part, own in zip(parts, _by_part(size, parts), strict=True)]
 
 
 def direction(gradients: Sequence[Tensor], norm: Norm) -> list[Tensor]:
@@ -56,9 +92,14 @@ def project(delta: Sequence[Tensor], eps: Scale | None, norm: Norm) -> list[Tens
     if eps is None:
         return list(delta)
     if norm == "linf":
-        return [part.clamp(-eps, eps) if isinstance(eps, float) else part.minimum(eps).maximum(-eps) for part in delta]
+        sizes = _by_part(eps, delta)
+        return [
+            part.minimum(size).maximum(-size) if isinstance(size, Tensor) else part.clamp(-size, size)
+            for part, size in zip(delta, sizes, strict=True)
+        ]
     norms = _l2(delta)
-    factor = torch.clamp(eps / norms.clamp(min=torch.finfo(norms.dtype).tiny), max=1.0)
+    radius = eps.norms if isinstance(eps, PerSample) else eps
+    factor = torch.clamp(radius / norms.clamp(min=torch.finfo(norms.dtype).tiny), max=1.0)
     return [part * _column(factor, part) for part in delta]
 
 
@@ -75,11 +116,16 @@ def ascend(
     Args:
         delta: Where the step starts; ``None`` is 0.
         gradients: Of the loss with respect to ``delta``, in any positive scale.
-        alpha: Step size, in units of the perturbed tensor.
+        alpha: Step size, in units of the perturbed tensor, or per sample.
         norm: Geometry of step and ball.
         eps: Radius of the ball, or ``None`` for no bound.
     """
-    steps = [part.mul_(alpha) if isinstance(alpha, float) else part * alpha for part in direction(gradients, norm)]
+    ways = direction(gradients, norm)
+    if norm == "l2" and isinstance(alpha, PerSample):
+        sizes: list[float | Tensor] = [_column(alpha.norms, way) for way in ways]
+    else:
+        sizes = _by_part(alpha, ways)
+    steps = [way * size if isinstance(size, Tensor) else way.mul_(size) for way, size in zip(ways, sizes, strict=True)]
     moved = steps if delta is None else [part + step for part, step in zip(delta, steps, strict=True)]
     return project(moved, eps, norm)
 
@@ -127,6 +173,12 @@ def l2_norms(delta: Sequence[Tensor]) -> Tensor:
 def linf_norms(delta: Sequence[Tensor]) -> Tensor:
     """||delta||_inf per sample, [B]."""
     return _per_sample([part.abs() for part in delta], lambda values: values.amax(dim=1))
+
+
+def _by_part(size: Scale, parts: Sequence[Tensor]) -> list[float | Tensor]:
+    if not isinstance(size, PerSample):
+        return [size] * len(parts)
+    return [own.to(part.dtype) for own, part in zip(size.parts, parts, strict=True)]
 
 
 def _l2(parts: Sequence[Tensor]) -> Tensor:

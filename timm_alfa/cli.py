@@ -15,7 +15,7 @@ from .batchnorm import BATCH_NORM_MODES
 from .blocks import format_blocks, list_blocks, resolve_blocks
 from .errors import BlockError, UsageError
 from .eta import ETA_SETS
-from .flags import number
+from .flags import is_size_above_zero, is_size_of_at_least_zero, number, size
 from .flags import spelled as flag
 from .loss import REDUCTIONS
 from .peers import methods as peers
@@ -64,12 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> 
         group.add_argument("--alfa-dry-run", action="store_true", default=False,
                            help="resolve everything, run one step, print blocks, shapes and the cost, and exit")
     group = parser.add_argument_group("ALFA: the attack")
-    group.add_argument("--alfa-alpha", type=number, default=None, metavar="A",
-                       help="step size in feature units, such as 0.002 or 0.5/255 (default: 0.5/255)")
+    group.add_argument("--alfa-alpha", type=size, default=None, metavar="A",
+                       help="step size in feature units, such as 0.002 or 0.5/255, or as a share of the feature's rms, "
+                            "such as 2%% (default: 0.5/255)")
     group.add_argument("--alfa-steps", type=int, default=None, metavar="K",
                        help="steps of the attack; the first is nearly free (default: 1)")
-    group.add_argument("--alfa-eps", type=number, default=None, metavar="E",
-                       help="bound on the perturbation's norm (default: none)")
+    group.add_argument("--alfa-eps", type=size, default=None, metavar="E",
+                       help="bound on the perturbation's norm, a number or a share as above (default: none)")
     group.add_argument("--alfa-norm", default=None, choices=NORMS,
                        help="sign of the gradient, or the gradient over its l2 norm (default: linf)")
     group.add_argument("--alfa-init", default=None, choices=INITS,
@@ -133,9 +134,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    _expect(args, "alfa_alpha", "a finite step size above 0, such as 0.5/255", lambda v: math.isfinite(v) and v > 0)
+    _expect(args, "alfa_alpha", "a finite step size above 0, such as 0.5/255 or 2%", is_size_above_zero)
     _expect(args, "alfa_steps", "a whole number of at least 1", lambda v: v >= 1)
-    _expect(args, "alfa_eps", "a finite bound of at least 0", lambda v: v is None or (math.isfinite(v) and v >= 0))
+    _expect(args, "alfa_eps", "a finite bound of at least 0, or a share such as 8%",
+            lambda v: v is None or is_size_of_at_least_zero(v))
     _expect(args, "alfa_lambda", "a finite weight of at least 0", lambda v: math.isfinite(v) and v >= 0)
     _expect(args, "alfa_gamma", "a finite weight of at least 0", lambda v: math.isfinite(v) and v >= 0)
     _expect(args, "alfa_eta_lr", "a finite learning rate above 0", lambda v: math.isfinite(v) and v > 0)

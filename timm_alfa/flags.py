@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UsageError
+from .sizes import Relative, parse_size
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ def number(text: str) -> float:
     return value
 
 
+def size(text: str) -> float | str:
+    """A number or fraction, or a share of the feature such as 2%, which stays text."""
+    if "%" not in str(text):
+        return number(text)
+    try:
+        return str(parse_size(str(text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def spelled(name: str) -> str:
     """``alfa_steps`` -> ``--alfa-steps``."""
     return "--" + name.replace("_", "-")
@@ -60,6 +71,16 @@ def at_least_zero(value: float) -> bool:
 def above_zero(value: float) -> bool:
     """Finite and positive."""
     return math.isfinite(value) and value > 0
+
+
+def is_size_of_at_least_zero(value: float | str) -> bool:
+    """A finite number that is not negative, or a share."""
+    return isinstance(value, str) or at_least_zero(value)
+
+
+def is_size_above_zero(value: float | str) -> bool:
+    """A finite number that is positive, or such a share."""
+    return parse_size(value) != Relative(0) if isinstance(value, str) else above_zero(value)
 
 
 def spell_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
@@ -93,7 +114,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]
         if flag.type is bool:
             group.add_argument(spelled(flag.name), action="store_true", default=False, help=flag.help)
             continue
-        shown = "none" if flag.default is None else f"{flag.default:.4g}" if flag.type is number else flag.default
+        is_number = flag.type in (number, size)
+        shown = "none" if flag.default is None else f"{flag.default:.4g}" if is_number else flag.default
         shown = " ".join(shown) if isinstance(shown, list) else shown
         metavar = None if flag.choices else flag.name.rpartition("_")[2].upper()
         group.add_argument(

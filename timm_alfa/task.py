@@ -21,6 +21,7 @@ from .eta import EtaSet
 from .eta_step import EtaStepper
 from .loss import AlfaLoss, Reduction, scalar_loss
 from .monitor import Monitor
+from .sizes import Relative, describe_size
 from .sweep import Sweep
 from .wrapper import AlfaWrapper, Gradient
 
@@ -63,9 +64,9 @@ class AlfaTask(ClassificationTask):
             blocks: str | Sequence[str] = "@last",
             *,
             criterion_kwargs: dict[str, Any] | None = None,
-            alpha: float = 0.5 / 255,
+            alpha: float | str | Relative = 0.5 / 255,
             steps: int = 1,
-            eps: float | None = None,
+            eps: float | str | Relative | None = None,
             norm: Norm = "linf",
             init: Init = "zero",
             grad: Gradient = "full",
@@ -242,10 +243,12 @@ class AlfaTask(ClassificationTask):
         """
         alfa, loss = self.alfa, self.objective
         infos = [info for info in list_blocks(alfa.module, input_size, depth=None) if info.name in alfa.blocks]
-        bound = "unbounded" if alfa.eps is None else f"eps {alfa.eps:.4g}"
+        bound = "unbounded"
+        if alfa.eps is not None:
+            bound = f"eps {alfa.eps}" if isinstance(alfa.eps, Relative) else f"eps {alfa.eps:.4g}"
         method = f"L-ALFA ({alfa.eta.eta_set}, gamma {loss.gamma:g})" if alfa.eta.learnable else "ALFA"
         head = (
-            f"{method}: PGD-{alfa.steps}, alpha {alfa.alpha * 255:.4g}/255, {alfa.norm}, {bound}, "
+            f"{method}: PGD-{alfa.steps}, alpha {describe_size(alfa.alpha)}, {alfa.norm}, {bound}, "
             f"lambda {loss.lam:g}, {loss.reduction}, gradients {alfa.grad}, batch norm {alfa.bn}"
         )
         return [head, *format_blocks(infos).splitlines()]

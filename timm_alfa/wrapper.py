@@ -26,6 +26,7 @@ from .loss import scalar_loss
 from .random_sources import random_sources
 from .randomness import RandomState
 from .replay import Feature, Recording, Replay, random_devices
+from .sizes import Relative, Size, checked_size
 from .trace import evaluating
 
 Gradient = Literal["full", "tail"]
@@ -66,9 +67,11 @@ class AlfaWrapper(nn.Module):
         model: Any timm model, any module. Whether it trains is its own ``training`` flag.
         criterion: (output, target) -> scalar, the loss that the perturbation raises.
         blocks: Whose outputs to perturb, see :func:`~timm_alfa.resolve_blocks`. Each gets its own tail pass.
-        alpha: Step size of the attack, in units of the feature, above 0 (Eq. 4).
+        alpha: Step size of the attack (Eq. 4), above 0, in units of the feature, or as a share of it: with ``"2%"`` a
+            step in ``linf`` is 0.02 rms(f) sgn(g) with the rms of each sample, in ``l2`` 0.02 ||f||_2 g / ||g||_2.
         steps: K, how many steps, at least 1.
-        eps: Radius of the ball that delta stays in, at least 0, or ``None`` for no bound (the paper's choice).
+        eps: Radius of the ball that delta stays in, at least 0, a number or a share as alpha, or ``None`` for no bound
+            (the paper's choice).
         norm: ``"linf"`` steps along sgn(g), ``"l2"`` along g / ||g||_2 per sample; also the norm of the ball.
         init: delta starts at 0 (``"zero"``; the first step then takes its gradient from the clean pass), or uniform
             in [-eps, eps] (``"uniform"``).
@@ -92,9 +95,9 @@ class AlfaWrapper(nn.Module):
             criterion: Callable[[Any, Any], Tensor],
             blocks: str | Sequence[str],
             *,
-            alpha: float = 0.5 / 255,
+            alpha: float | str | Relative = 0.5 / 255,
             steps: int = 1,
-            eps: float | None = None,
+            eps: float | str | Relative | None = None,
             norm: Norm = "linf",
             init: Init = "zero",
             grad: Gradient = "full",
@@ -107,7 +110,7 @@ class AlfaWrapper(nn.Module):
         _check_model(model)
         if not callable(criterion):
             raise TypeError(f"criterion: expected something to call with (output, target), found {criterion!r}")
-        _check_attack(alpha, steps, eps, init)
+        alpha, eps = _check_attack(alpha, steps, eps, init)
         if not (math.isfinite(eta_lr) and eta_lr > 0):
             raise ValueError(f"eta_lr: expected a finite learning rate above 0, found {eta_lr}")
         for name, value, choices in (
@@ -120,7 +123,7 @@ class AlfaWrapper(nn.Module):
         self.module = model
         self.criterion = criterion
         self.blocks = list(modules)
-        self.alpha = float(alpha)
+        self.alpha = alpha
         self.steps = steps
         self.eps = eps
         self.norm: Norm = norm
@@ -293,20 +296,22 @@ class AlfaWrapper(nn.Module):
                 note(found)
             return found
 
+        alpha = attack.absolute(self.alpha, feature.tensors)
+        eps = None if self.eps is None else attack.absolute(self.eps, feature.tensors)
         if first_gradient is not None:
             if note is not None:
                 note(first_gradient)
-            delta = attack.ascend(None, first_gradient, alpha=self.alpha, norm=self.norm, eps=self.eps)
+            delta = attack.ascend(None, first_gradient, alpha=alpha, norm=self.norm, eps=eps)
         elif self.init == "uniform":
-            assert self.eps is not None
+            assert eps is not None
             generator = torch.Generator(feature.tensors[0].device)
             generator.manual_seed((torch.initial_seed() + 1_000_003 * self.passes) % 2**63)
-            delta = attack.uniform(feature.tensors, self.eps, generator)
+            delta = attack.uniform(feature.tensors, eps, generator)
         else:
             delta = attack.zeros(feature.tensors)
         steps = self.steps - (first_gradient is not None)
         with self._statistics.kept() if self.aux is not None else nullcontext():  # only what is trained on counts
-            return attack.perturb(gradient_at, delta, steps=steps, alpha=self.alpha, norm=self.norm, eps=self.eps)
+            return attack.perturb(gradient_at, delta, steps=steps, alpha=alpha, norm=self.norm, eps=eps)
 
     def adversarial_output(self, recording: Recording, name: str, delta: Sequence[Tensor]) -> Any:
         """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i.
@@ -406,12 +411,12 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("model: pass the model as it was before torch.compile, then call AlfaWrapper.compile()")
 
 
-def _check_attack(alpha: float, steps: int, eps: float | None, init: str) -> None:
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha: expected a finite step size above 0, such as 0.5/255, found {alpha}")
+def _check_attack(alpha: Any, steps: int, eps: Any, init: str) -> tuple[Size, Size | None]:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected a whole number of at least 1, found {steps}")
-    if eps is not None and not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: expected a finite radius of at least 0, or None for no bound, found {eps}")
     if init == "uniform" and eps is None:
         raise ValueError("init: 'uniform' starts in [-eps, eps] and needs eps, found eps=None")
+    size = checked_size("alpha", alpha, "a finite step size above 0, such as 0.5/255", positive=True)
+    if eps is not None:
+        eps = checked_size("eps", eps, "a finite radius of at least 0, or None for no bound")
+    return size, eps

@@ -42,10 +42,12 @@ def plain_alfa(
         reduction: str = "sum",
         strengths: Mapping[str, float] | None = None,
         others: Mapping[str, Tensor] | None = None,
+        relative: bool = False,
 ) -> PlainResult:
     """One training step's loss, perturbations and gradients (``Parameter.grad`` is not used).
 
-    ``others`` are leaves outside of the model whose gradients are asked for too.
+    ``others`` are leaves outside of the model whose gradients are asked for too. ``relative``: alpha and eps are shares
+    of each sample's feature.
 
     Every pass starts from the random state of the clean one; buffers move with the clean pass only.
     """
@@ -63,7 +65,15 @@ def plain_alfa(
             torch.set_rng_state(state)
             loss = criterion(forward_with(model, input, block, leaves, detach=True), target)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            delta = [part + alpha * way for part, way in zip(delta, direction(gradients, norm), strict=True)]
+            ways = direction(gradients, norm)
+            if relative:
+                torch.set_rng_state(state)
+                sizes = sizes_of(feature_of(model, input, block), norm)
+                delta = [part + alpha * size * way for part, size, way in zip(delta, sizes, ways, strict=True)]
+                if eps is not None:
+                    delta = into_relative_ball(delta, eps, sizes, norm)
+                continue
+            delta = [part + alpha * way for part, way in zip(delta, ways, strict=True)]
             if eps is not None:
                 delta = into_ball(delta, eps, norm)
         deltas[block] = delta
@@ -145,4 +155,28 @@ def into_ball(delta: Sequence[Tensor], eps: float, norm: str) -> list[Tensor]:
         for result in results:
             if length > eps:
                 result[sample] *= eps / length
+    return results
+
+
+def sizes_of(feature: Sequence[Tensor], norm: str) -> list[Tensor]:
+    """Per tensor, what broadcasts against it: rms of each sample, or the l2 norm of each sample over all tensors."""
+    sizes = [torch.zeros(len(part), *[1] * (part.dim() - 1), dtype=part.dtype) for part in feature]
+    for sample in range(len(feature[0])):
+        length = sum(float(part[sample].square().sum()) for part in feature) ** 0.5
+        for size, part in zip(sizes, feature, strict=True):
+            size[sample] = float(part[sample].square().mean()) ** 0.5 if norm == "linf" else length
+    return sizes
+
+
+def into_relative_ball(delta: list[Tensor], eps: float, sizes: Sequence[Tensor], norm: str) -> list[Tensor]:
+    """The nearest point of a ball of its own for each sample."""
+    if norm == "linf":
+        return [torch.clamp(part, -eps * size, eps * size) for part, size in zip(delta, sizes, strict=True)]
+    results = [part.clone() for part in delta]
+    for sample in range(len(delta[0])):
+        length = sum(float(part[sample].square().sum()) for part in delta) ** 0.5
+        radius = eps * float(sizes[0][sample].flatten()[0])
+        for result in results:
+            if length > radius:
+                result[sample] *= radius / length
     return results

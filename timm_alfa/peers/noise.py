@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from .. import attack
 from ..batchnorm import BATCH_NORM_MODES, BatchNormMode
 from ..errors import BlockError, UsageError
-from ..flags import Flag, at_least_zero, number
+from ..flags import Flag, at_least_zero, is_size_of_at_least_zero, number, size
 from ..loss import REDUCTIONS, Reduction
 from ..replay import Recording
+from ..sizes import Relative, Size, checked_size, describe_size
 from ..task import AlfaTask
 from ..wrapper import GRADIENTS, AlfaWrapper, Gradient
 
 FLAGS = (
     Flag("noise_blocks", ["@last"], "blocks whose outputs get noise, named as for --alfa-blocks", nargs="+"),
-    Flag("noise_sigma", 0.5 / 255, "standard deviation, in feature units", number,
-         expected="a finite number of at least 0", valid=at_least_zero),
+    Flag("noise_sigma", 0.5 / 255, "standard deviation, in feature units, or as a share of the feature's rms, such as "
+         "2%%", size, expected="a finite number of at least 0, or a share such as 2%",
+         valid=is_size_of_at_least_zero),
     Flag("noise_lambda", 1.0, "weight of the losses with noise", number, expected="a finite weight of at least 0",
          valid=at_least_zero),
     Flag("noise_reduction", "sum", "add the losses with noise, or average them with the clean one", choices=REDUCTIONS),
@@ -33,7 +35,7 @@ FLAGS = (
 class NoiseWrapper(AlfaWrapper):
     """Perturbs features at random; tail passes, objective and batch norm are those of :class:`AlfaWrapper`."""
 
-    sigma = 0.0
+    sigma: Size = 0.0
 
     @property
     def starts_from_clean(self) -> bool:
@@ -49,11 +51,13 @@ class NoiseWrapper(AlfaWrapper):
             note: Callable[[Sequence[Tensor]], object] | None = None,
     ) -> list[Tensor]:
         """N(0, sigma^2), drawn anew in every step and for every block; the global random state stays as it is."""
-        parts = attack.zeros(recording.features[name].tensors)
+        features = recording.features[name].tensors
+        parts = attack.zeros(features)
         generator = torch.Generator(parts[0].device)
         index = self.blocks.index(name)
         generator.manual_seed((torch.initial_seed() + 1_000_003 * self.passes + 7_919 * index) % 2**63)
-        return [part.normal_(0, 1, generator=generator) * self.sigma for part in parts]
+        noise = [part.normal_(0, 1, generator=generator) for part in parts]
+        return attack.scaled(noise, attack.absolute(self.sigma, features))
 
 
 class NoiseTask(AlfaTask):
@@ -62,7 +66,7 @@ class NoiseTask(AlfaTask):
     Args:
         model, criterion, blocks, criterion_kwargs, lam, reduction, grad, bn, device, dtype, verbose: See
             :class:`~timm_alfa.AlfaTask`.
-        sigma: Standard deviation of the noise, in units of the feature, at least 0.
+        sigma: Standard deviation of the noise, at least 0, in units of the feature, or as a share of its rms, ``"2%"``.
 
     Raises:
         ValueError, TypeError: An argument is out of its range. BlockError: A block does not resolve.
@@ -76,7 +80,7 @@ class NoiseTask(AlfaTask):
             criterion: Callable[[Any, Any], Tensor] | None = None,
             blocks: str | Sequence[str] = "@last",
             *,
-            sigma: float = 0.5 / 255,
+            sigma: float | str | Relative = 0.5 / 255,
             criterion_kwargs: dict[str, Any] | None = None,
             lam: float = 1.0,
             reduction: Reduction = "sum",
@@ -86,21 +90,20 @@ class NoiseTask(AlfaTask):
             dtype: torch.dtype | None = None,
             verbose: bool = True,
     ):
-        if not at_least_zero(sigma):
-            raise ValueError(f"sigma: expected a finite standard deviation of at least 0, found {sigma}")
+        size = checked_size("sigma", sigma, "a finite standard deviation of at least 0")
         super().__init__(
             model, criterion, blocks, criterion_kwargs=criterion_kwargs, lam=lam, reduction=reduction, grad=grad,
             bn=bn, device=device, dtype=dtype, verbose=verbose,
         )
         assert isinstance(self.alfa, NoiseWrapper)
-        self.alfa.sigma = float(sigma)
+        self.alfa.sigma = size
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
         """The noise, then the blocks with their shapes and the share of FLOPs behind them."""
         alfa, loss = self.alfa, self.objective
         assert isinstance(alfa, NoiseWrapper)
         head = (
-            f"Noise: sigma {alfa.sigma * 255:.4g}/255, lambda {loss.lam:g}, {loss.reduction}, "
+            f"Noise: sigma {describe_size(alfa.sigma)}, lambda {loss.lam:g}, {loss.reduction}, "
             f"gradients {alfa.grad}, batch norm {alfa.bn}"
         )
         return [head, *super().summary_lines(input_size)[1:]]
