@@ -19,7 +19,7 @@ from .device import create_precision, prepare_device
 from .loaders import create_loaders
 from .loop import ReportingTask, Training, updates_per_epoch
 from .model import build_model, check_forward, place_model, resolve_preprocessing
-from .objective import create_criterion, create_mixup
+from .objective import check_cut, create_criterion, create_mixup
 from .optim import create_optimizer, create_schedule, resolve_learning_rate
 from .resume import open_checkpoint, restore_ema, restore_randomness, restore_training
 from .text import one_line
@@ -110,6 +110,7 @@ def assemble(
     dataset_test = create_test_set(args, data_config)
     check_class_count(args, dataset_train, dataset_eval)
     check_class_count(args, dataset_train, dataset_test, "--test-split")
+    check_cut(args, data_config["input_size"])
     collate_fn, mixup_fn = create_mixup(args)
     loader_train, loader_eval, loader_test = create_loaders(
         args,
