@@ -71,11 +71,18 @@ def check_inputs(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     return open_checkpoint(args)
 
 
-def create_seeded_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], torch.device]:
-    """Seeds this process and creates the model; returns it, its data configuration and the device to move it to."""
+def create_seeded_model(
+        args: argparse.Namespace,
+        *,
+        resumed: bool = False,
+) -> tuple[nn.Module, dict[str, Any], torch.device]:
+    """Seeds this process and creates the model; returns it, its data configuration and the device to move it to.
+
+    With ``resumed`` no weights are loaded into it: a checkpoint will.
+    """
     device = prepare_device(args)
     utils.random_seed(args.seed, args.rank)
-    model = build_model(args)
+    model = build_model(args, resumed=resumed)
     return model, resolve_preprocessing(args, model, verbose=utils.is_primary(args)), device
 
 
@@ -101,7 +108,7 @@ def assemble(
     Raises:
         UsageError: Something that was asked for cannot be had.
     """
-    model, data_config, device = create_seeded_model(args)
+    model, data_config, device = create_seeded_model(args, resumed=checkpoint is not None)
     precision = create_precision(args, device)
     model = place_model(args, model, device, precision.model_dtype)
     check_forward(args, model, data_config["input_size"], precision)
