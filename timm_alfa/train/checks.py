@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UsageError
 from ..flags import shown
 from .cache import check_cache_arguments
+from .log import is_first_process
 from .objective import check_objective, unused_flags
 from .split import check_split_arguments
 
@@ -87,7 +88,7 @@ def warn_of_unused(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value != default and args.train_img_sizes is None:
             found.append((shown(name, value), "has no effect without --train-img-sizes, as in timm"))
-    for flag, reason in found:
+    for flag, reason in found if is_first_process() else []:
         _logger.warning(f"{flag}: {reason}")
 
 

@@ -34,6 +34,7 @@ from .finite import check_weights
 from .log import setup_logging
 from .loop import ReportingTask, prepare_batch, train_one_epoch
 from .output import MetricLog, open_output, snapshot
+from .resume_flags import settle_flags
 from .robust import ROBUST_FILE, attack_exported
 from .text import one_line
 
@@ -107,6 +108,8 @@ def train(args: argparse.Namespace, *, command: str) -> None:
     if args.alfa_list_blocks:
         list_blocks(args)
         return
+    if checkpoint is not None:
+        config |= settle_flags(args, resume_path, checkpoint)
     plan = assemble(args, resume_path, checkpoint)
     del checkpoint
     if args.alfa_dry_run:
