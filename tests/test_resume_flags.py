@@ -235,7 +235,8 @@ def test_another_method_is_refused(images: Path, output: Path, capsys: pytest.Ca
 
 
 def test_names_of_the_same_blocks_are_the_same(images: Path, output: Path) -> None:
-    assert _plan(images, output, "--alfa-blocks layer3 layer4").run.task.alfa.blocks == ["layer3", "layer4"]
+    for names in ("layer3 layer4", "@last layer3"):
+        assert sorted(_plan(images, output, f"--alfa-blocks {names}").run.task.alfa.blocks) == ["layer3", "layer4"]
 
 
 KEPT = {

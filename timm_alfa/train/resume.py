@@ -93,15 +93,15 @@ def restore_training(
     Raises:
         UsageError: The checkpoint does not fit the model, the blocks or the optimizer.
     """
-    module = task.get_eval_model()
-    assert module is not None  # a classification task has one
-    check_same_blocks(args, path, checkpoint, module)
     try:
         task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
     except UsageError as error:
         raise UsageError(f"--resume {path}: {error}") from error
     except _MISFITS as error:
         raise UsageError(f"--resume {path}: does not fit --model {args.model}: {one_line(error)}") from error
+    module = task.get_eval_model()
+    assert module is not None  # a classification task has one
+    check_same_blocks(args, path, checkpoint, module)
     if not args.no_resume_opt:
         try:
             restore_optimizer(optimizer, checkpoint.get("optimizer"))

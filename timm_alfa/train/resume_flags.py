@@ -167,14 +167,17 @@ def settle_flags(args: argparse.Namespace, path: str, checkpoint: dict[str, Any]
 
 
 def check_same_blocks(args: argparse.Namespace, path: str, checkpoint: dict[str, Any], model: nn.Module) -> None:
-    """Raise ``UsageError`` if the run perturbed other blocks than the flags now name; aliases are the same blocks."""
+    """Raise ``UsageError`` if the run perturbed other blocks than the flags now name; aliases are the same blocks.
+
+    Their order matters to eta alone, which looks itself.
+    """
     old = previous_flags(checkpoint)
     for name in _BLOCKS:
         before, now = old.get(name), getattr(args, name)
         if before is None or now is None or before == now:
             continue
         try:
-            same = list(resolve_blocks(model, before)) == list(resolve_blocks(model, now))
+            same = sorted(resolve_blocks(model, before)) == sorted(resolve_blocks(model, now))
         except (ValueError, TypeError, AttributeError):
             same = False
         if not same:
