@@ -19,7 +19,7 @@ from .device import create_precision, prepare_device
 from .loaders import create_loaders
 from .loop import ReportingTask, Training, updates_per_epoch
 from .model import build_model, check_forward, place_model, resolve_preprocessing
-from .objective import create_criterion, create_mixup
+from .objective import check_cut, create_criterion, create_mixup
 from .optim import create_optimizer, create_schedule, resolve_learning_rate
 from .resume import open_checkpoint, restore_ema, restore_randomness, restore_training
 from .text import one_line
@@ -71,11 +71,18 @@ def check_inputs(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     return open_checkpoint(args)
 
 
-def create_seeded_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], torch.device]:
-    """Seeds this process and creates the model; returns it, its data configuration and the device to move it to."""
+def create_seeded_model(
+        args: argparse.Namespace,
+        *,
+        resumed: bool = False,
+) -> tuple[nn.Module, dict[str, Any], torch.device]:
+    """Seeds this process and creates the model; returns it, its data configuration and the device to move it to.
+
+    With ``resumed`` no weights are loaded into it: a checkpoint will.
+    """
     device = prepare_device(args)
     utils.random_seed(args.seed, args.rank)
-    model = build_model(args)
+    model = build_model(args, resumed=resumed)
     return model, resolve_preprocessing(args, model, verbose=utils.is_primary(args)), device
 
 
@@ -101,7 +108,7 @@ def assemble(
     Raises:
         UsageError: Something that was asked for cannot be had.
     """
-    model, data_config, device = create_seeded_model(args)
+    model, data_config, device = create_seeded_model(args, resumed=checkpoint is not None)
     precision = create_precision(args, device)
     model = place_model(args, model, device, precision.model_dtype)
     check_forward(args, model, data_config["input_size"], precision)
@@ -110,6 +117,7 @@ def assemble(
     dataset_test = create_test_set(args, data_config)
     check_class_count(args, dataset_train, dataset_eval)
     check_class_count(args, dataset_train, dataset_test, "--test-split")
+    check_cut(args, data_config["input_size"])
     collate_fn, mixup_fn = create_mixup(args)
     loader_train, loader_eval, loader_test = create_loaders(
         args,
