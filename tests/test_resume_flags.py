@@ -88,7 +88,7 @@ def test_unchanged_flags_are_not_spoken_of(images: Path, output: Path, caplog: p
     with caplog.at_level(logging.INFO):
         plan = _plan(images, output, "")
     assert plan.start_epoch == 1
-    assert not [line for line in caplog.messages if "in effect from here on" in line or "changed values" in line]
+    assert not [line for line in caplog.messages if "from here on" in line or "changed values" in line]
     assert "has no effect" not in caplog.text
 
 
@@ -135,7 +135,7 @@ def test_what_takes_effect_is_what_the_run_goes_on_with(
         plan = _plan(images, output, extra)
     assert HOLDS[extra](plan)
     assert plan.run.optimizer.state or "--no-resume-opt" in extra
-    said = [line for line in caplog.messages if "in effect from here on" in line or "with changed values" in line]
+    said = [line for line in caplog.messages if ": from here on --" in line or "with changed values" in line]
     assert said
 
 

@@ -161,7 +161,7 @@ def settle_flags(args: argparse.Namespace, path: str, checkpoint: dict[str, Any]
         for note in notes:
             _logger.warning(f"--resume {path}: {note}.")
         if effective:
-            _logger.info(f"--resume {path}: changed, in effect from here on: {', '.join(effective)}.")
+            _logger.info(f"--resume {path}: from here on {', '.join(effective)}.")
     vars(args).update(kept)
     return kept
 
@@ -236,7 +236,8 @@ def _refusal(args: argparse.Namespace, path: str, name: str, before: Any, now: A
     if name in _OF_OPTIMIZER:
         remedy = "--no-resume-opt goes on with a new optimizer"
     elif FATES[name] is Fate.RANKING:
-        remedy = "the best checkpoint could not be told; --experiment with another name starts a ranking of its own"
+        remedy = ("checkpoints could not be ranked with the earlier ones; "
+                  f"--resume {path} with another --experiment ranks its own")
     else:
         remedy = f"--initial-checkpoint {path} starts a new run from its weights"
     return f"--resume {path}: {_said(name, now)}, but the run was started with {_said(name, before)}; {remedy}"
