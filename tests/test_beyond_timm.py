@@ -73,6 +73,7 @@ def test_a_plain_sequence() -> None:
     check(model, torch.randn(4, 3, 16, 16), torch.arange(4), ["1", "3"], F.cross_entropy)
 
 
-def test_the_last_block_is_not_guessed() -> None:
+def test_the_last_block_is_known_or_not_guessed() -> None:
+    assert list(resolve_blocks(tv.resnet18(weights=None, num_classes=10), "@last")) == ["layer4"]
     with pytest.raises(BlockError, match="'@last' needs a model with feature_info or one list of blocks"):
-        resolve_blocks(tv.resnet18(weights=None, num_classes=10), "@last")
+        resolve_blocks(tv.googlenet(weights=None, num_classes=10, init_weights=False), "@last")

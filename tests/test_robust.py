@@ -125,6 +125,8 @@ def test_a_run_ends_with_the_robust_accuracy_of_what_it_exported(
     record.unlink()  # as if killed before it had been measured
     train_main(train)
     assert json.loads(record.read_text()) == found
+    train_main([*train, "--eval-pgd", "1"])  # of a run that is complete
+    assert json.loads(record.read_text())["attack"] == "PGD-1, eps 4/255, alpha 2/255, uniform start"
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,11 @@ def test_the_chosen_checkpoint_is_tested_once(images, tmp_path, capsys, caplog):
     main(arguments)
     assert json.loads((folder / "test.json").read_text()) == tested
 
+    main([*arguments, "--test-split", "validation"])  # of a run that is complete
+    other = json.loads((folder / "test.json").read_text())
+    assert (other["split"], other["epoch"]) == ("validation", tested["epoch"])
+    assert other["loss"] != tested["loss"]
+
 
 @pytest.mark.parametrize(("flags", "message"), [
     ("--val-fraction 0", "--val-fraction 0.0: expected a share between 0 and 1"),

@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args = parse_args(others)
         for name, value in vars(given).items():
             setattr(args, name, value)
-        if not (args.initial_checkpoint or args.pretrained or args.pretrained_path):
+        if args.pretrained_path:
+            raise UsageError(f"--pretrained-path {args.pretrained_path}: timm leaves the classifier in it out; "
+                             "use --initial-checkpoint")
+        if not (args.initial_checkpoint or args.pretrained):
             raise UsageError("--initial-checkpoint: name the checkpoint to evaluate, such as model_best.pth.tar")
         return run(args)
     except UsageError as error:

@@ -41,6 +41,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--eval-pgd {args.eval_pgd}: attacks test or validation images; name some with --val-split")
 
 
+def create_attack(args: argparse.Namespace, data_config: dict[str, Any]) -> PixelAttack:
+    """The attack that this module's flags, filled in, ask for."""
+    return PixelAttack(
+        eps=args.eval_pgd_eps, alpha=args.eval_pgd_alpha, steps=args.eval_pgd, init=args.eval_pgd_init,
+        mean=tuple(data_config["mean"]), std=tuple(data_config["std"]),
+    )
+
+
 def evaluate(
         args: argparse.Namespace,
         model: nn.Module,
@@ -79,10 +87,7 @@ def evaluate(
         pin_memory=False,
         persistent_workers=False,
     )
-    attack = PixelAttack(
-        eps=args.eval_pgd_eps, alpha=args.eval_pgd_alpha, steps=args.eval_pgd, init=args.eval_pgd_init,
-        mean=tuple(data_config["mean"]), std=tuple(data_config["std"]),
-    )
+    attack = create_attack(args, data_config)
     found = robust_accuracy(model, loader, attack, seed=args.seed, autocast=autocast)
     return {"attack": attack.describe(), **found}
 

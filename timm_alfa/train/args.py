@@ -10,7 +10,7 @@ from .. import cli
 from ..flags import add_flags
 from ..robust import evaluation as robust
 from . import flags_data, flags_optim
-from .checks import check_arguments
+from .checks import check_arguments, warn_of_unused
 from .config import load_config
 from .device import check_device
 from .parser import HelpFormatter, TrainParser, add_refused_arguments, check_refused
@@ -65,5 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.check_arguments(args)
     robust.check_arguments(args)
     # no abbreviation of --device is unambiguous, so this finds it in every spelling
-    check_device(args.device, given=any(item.split("=", 1)[0] == "--device" for item in argv))
+    given = any(item.split("=", 1)[0] == "--device" for item in argv)
+    check_device(args.device, given=given, modules=args.device_modules or ())
+    warn_of_unused(args)
     return args

@@ -14,12 +14,21 @@ from torch import nn
 
 from .. import cli
 from ..errors import UsageError
-from .data import check_class_count, check_data_arguments, create_datasets, create_test_set, default_class_count
+from .data import (
+    check_class_count,
+    check_class_map,
+    check_data_arguments,
+    create_datasets,
+    create_test_set,
+    default_class_count,
+    describe_split,
+    label_names,
+)
 from .device import create_precision, prepare_device
 from .loaders import create_loaders
 from .loop import ReportingTask, Training, updates_per_epoch
 from .model import build_model, check_forward, place_model, resolve_preprocessing
-from .objective import create_criterion, create_mixup
+from .objective import check_cut, create_criterion, create_mixup
 from .optim import create_optimizer, create_schedule, resolve_learning_rate
 from .resume import open_checkpoint, restore_ema, restore_randomness, restore_training
 from .text import one_line
@@ -42,6 +51,7 @@ class Plan:
         stop_epoch: Epoch to stop before.
         num_epochs: Length of the schedule.
         resume_path: Checkpoint that is continued, or ''.
+        label_names: What the model's outputs mean, as timm has it; None if the dataset does not say.
     """
 
     run: Training
@@ -54,6 +64,7 @@ class Plan:
     stop_epoch: int
     num_epochs: int
     resume_path: str
+    label_names: list[str] | dict[int, str] | None
 
     @property
     def decreasing(self) -> bool:
@@ -71,11 +82,18 @@ def check_inputs(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
     return open_checkpoint(args)
 
 
-def create_seeded_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], torch.device]:
-    """Seeds this process and creates the model; returns it, its data configuration and the device to move it to."""
+def create_seeded_model(
+        args: argparse.Namespace,
+        *,
+        resumed: bool = False,
+) -> tuple[nn.Module, dict[str, Any], torch.device]:
+    """Seeds this process and creates the model; returns it, its data configuration and the device to move it to.
+
+    With ``resumed`` no weights are loaded into it: a checkpoint will.
+    """
     device = prepare_device(args)
     utils.random_seed(args.seed, args.rank)
-    model = build_model(args)
+    model = build_model(args, resumed=resumed)
     return model, resolve_preprocessing(args, model, verbose=utils.is_primary(args)), device
 
 
@@ -101,7 +119,7 @@ def assemble(
     Raises:
         UsageError: Something that was asked for cannot be had.
     """
-    model, data_config, device = create_seeded_model(args)
+    model, data_config, device = create_seeded_model(args, resumed=checkpoint is not None)
     precision = create_precision(args, device)
     model = place_model(args, model, device, precision.model_dtype)
     check_forward(args, model, data_config["input_size"], precision)
@@ -110,6 +128,13 @@ def assemble(
     dataset_test = create_test_set(args, data_config)
     check_class_count(args, dataset_train, dataset_eval)
     check_class_count(args, dataset_train, dataset_test, "--test-split")
+    splits = {f"--train-split {args.train_split}": dataset_train, _validation(args): dataset_eval,
+              f"--test-split {args.test_split}": dataset_test}
+    check_class_map(args, splits)
+    for what, dataset in splits.items():
+        if dataset is not None:
+            _logger.info(describe_split(what, dataset))
+    check_cut(args, data_config["input_size"])
     collate_fn, mixup_fn = create_mixup(args)
     loader_train, loader_eval, loader_test = create_loaders(
         args,
@@ -191,7 +216,13 @@ def assemble(
         stop_epoch=num_epochs if args.stop_epoch is None else min(args.stop_epoch, num_epochs),
         num_epochs=num_epochs,
         resume_path=resume_path,
+        label_names=label_names(dataset_train, args.num_classes),
     )
+
+
+def _validation(args: argparse.Namespace) -> str:
+    """How the validation images are named."""
+    return f"--val-split {args.val_split}" if args.val_fraction is None else f"--val-fraction {args.val_fraction:g}"
 
 
 def _compile_and_distribute(args: argparse.Namespace, task: ClassificationTask, device: torch.device) -> nn.Module:

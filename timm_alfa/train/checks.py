@@ -11,6 +11,8 @@ from typing import Any
 from ..errors import UsageError
 from ..flags import shown
 from .cache import check_cache_arguments
+from .log import is_first_process
+from .objective import check_objective, unused_flags
 from .split import check_split_arguments
 
 _logger = logging.getLogger(__name__)
@@ -44,6 +46,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
 }
 
+# defaults of what only --train-img-sizes makes use of
+_SCHEDULED_SIZES: dict[str, Any] = {
+    "train_size_schedule": "constant", "train_size_schedule_spread": 0.65, "train_size_random_mix": 0.1,
+    "train_batches_per_epoch": None, "variable_batch_loss_scale": "none",
+}  # fmt: skip
+
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ``UsageError`` for the first value or combination that cannot work."""
@@ -71,17 +79,28 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_packages(args)
 
 
+def warn_of_unused(args: argparse.Namespace) -> None:
+    """Warn of flags that are given and change nothing, as in timm; to be called when all checks have passed."""
+    found = unused_flags(args)
+    if args.drop_connect is not None:
+        found.append((shown("drop_connect", args.drop_connect), "has no effect, as in timm; use --drop-path"))
+    for name, default in _SCHEDULED_SIZES.items():
+        value = getattr(args, name)
+        if value != default and args.train_img_sizes is None:
+            found.append((shown(name, value), "has no effect without --train-img-sizes, as in timm"))
+    for flag, reason in found if is_first_process() else []:
+        _logger.warning(f"{flag}: {reason}")
+
+
 def _check_combinations(args: argparse.Namespace) -> None:
     for flag, seed in (("--seed", args.seed), ("--split-seed", args.split_seed)):
         if seed >= 2**32:
             raise UsageError(f"{flag} {seed}: must be below {2**32}, numpy takes no larger one")
     if args.amp and args.model_dtype not in (None, "", "float32"):
         raise UsageError(f"--model-dtype {args.model_dtype}: --amp needs float32 weights; leave one of the two out")
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixing and args.batch_size % 2:
-        raise UsageError(f"--batch-size {args.batch_size}: Mixup and CutMix need an even batch size")
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise UsageError(f"--cutmix-minmax {args.cutmix_minmax}: must be two numbers, the smallest and largest share")
+    if args.pretrained_path and not args.pretrained:
+        raise UsageError(f"--pretrained-path {args.pretrained_path}: is loaded only with --pretrained; add that")
+    check_objective(args)
     for name in ("scale", "ratio"):
         value = getattr(args, name)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
@@ -109,8 +128,6 @@ def _check_combinations(args: argparse.Namespace) -> None:
     _check_padded_crop(args)
     check_split_arguments(args)
     check_cache_arguments(args)
-    if args.drop_connect is not None:
-        _logger.warning(f"--drop-connect {args.drop_connect}: has no effect, as in timm; use --drop-path")
 
 
 def _check_padded_crop(args: argparse.Namespace) -> None:

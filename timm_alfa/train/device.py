@@ -6,48 +6,82 @@ import argparse
 import contextlib
 import importlib
 import logging
+import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm import utils
 from timm.layers import set_fast_norm
+from timm.utils.distributed import is_distributed_env, world_info_from_env
 
 from ..errors import UsageError
 from ..ranks import in_group
+from .text import one_line
 
 _logger = logging.getLogger(__name__)
 
 
-def check_device(device: str, *, given: bool) -> None:
+def check_device(device: str, *, given: bool, modules: Sequence[str] = ()) -> None:
     """Raise ``UsageError`` for a device that does not exist here.
 
     Args:
         device: Value of ``--device``.
         given: Whether the user wrote it. The default, ``cuda``, gives way to the CPU where there is no CUDA device.
+        modules: Value of ``--device-modules``, imported first: a back end's module makes its devices known.
     """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UsageError(f"--device {device}: not a device; expected cpu, cuda, cuda:1, mps, ...") from error
-    if kind == "cuda" and not torch.cuda.is_available() and (given or device != "cuda"):
-        raise UsageError(f"--device {device}: no CUDA device here; leave the flag out to train on the CPU")
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # importing runs what the module holds
+            raise UsageError(f"--device-modules {module}: cannot be imported ({one_line(error)})") from error
+    with warnings.catch_warnings():  # old names of devices are deprecated, and the error says enough
+        warnings.simplefilter("ignore")
+        try:
+            found = torch.device(device)
+        except RuntimeError as error:
+            raise UsageError(f"--device {device}: not a device; expected cpu, cuda, cuda:1, mps, ...") from error
+        if device == "cuda" and not given and not torch.cuda.is_available():
+            return
+        _check_exists(device, found)
+
+
+def _check_exists(device: str, found: torch.device) -> None:
+    remedy = f"leave the flag out to train on {'CUDA' if torch.cuda.is_available() else 'the CPU'}"
+    back_end: Any = getattr(torch, found.type, None)
+    if not hasattr(back_end, "device_count") or not hasattr(back_end, "is_available"):
+        try:
+            torch.zeros(1, device=found).item()  # "meta" has no numbers
+        except Exception as error:  # a device without a back end fails in a way of its own
+            raise UsageError(f"--device {device}: cannot be trained on here; {remedy}") from error
+        return
+    count = back_end.device_count() if back_end.is_available() else 0
+    if count == 0:
+        raise UsageError(f"--device {device}: no {found.type.upper()} device here; {remedy}")
+    known = f"{found.type}:0" + (f" to {found.type}:{count - 1}" if count > 1 else "")
+    if is_distributed_env() and found.type != "cpu":  # a process takes the device of its number
+        processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), world_info_from_env()[0] + 1)
+        if processes > count:
+            raise UsageError(f"--device {device}: {processes} processes on this machine need a device each, "
+                             f"there is only {known}; start {count}")
+    elif found.index is not None and found.index >= count:
+        raise UsageError(f"--device {device}: no such device here, there is {known}")
 
 
 def prepare_device(args: argparse.Namespace) -> torch.device:
     """Joins the process group where a launcher started several processes, and returns this process's device.
 
     Sets ``args.device``, ``distributed``, ``world_size``, ``rank`` and ``local_rank``.
+
+    Raises:
+        UsageError: The device is there but cannot be used.
     """
-    for module in args.device_modules or []:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise UsageError(f"--device-modules {module}: cannot be imported ({error})") from error
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -55,6 +89,10 @@ def prepare_device(args: argparse.Namespace) -> torch.device:
         args.device = "cpu"
         _logger.info("No CUDA device here: training on the CPU (--device chooses another accelerator).")
     device = utils.init_distributed_device(args)
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # busy, full, of a driver too old, ...
+        raise UsageError(f"--device {device}: cannot be used: {one_line(error)}") from error
     if args.distributed:
         _logger.info(f"Training in {args.world_size} processes, one device each; this is {args.rank} on {device}.")
     else:

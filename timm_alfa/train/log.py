@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import NoReturn
 
+from timm.utils.distributed import world_info_from_env
 from tqdm import tqdm
 
 
@@ -33,6 +34,11 @@ def setup_logging(*, primary: bool) -> None:
     if not logging.root.handlers:
         logging.root.addHandler(_TerminalHandler())
         logging.root.setLevel(logging.INFO if primary else logging.WARNING)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process, of several or alone, that tells what all of them find; before they have joined."""
+    return bool(world_info_from_env()[1] == 0)
 
 
 def progress_bar(total: int, description: str, *, primary: bool) -> tqdm[NoReturn]:

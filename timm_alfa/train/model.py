@@ -19,13 +19,18 @@ from torch import nn
 from .. import models as _registered  # noqa: F401  (importing it gives timm the CIFAR ResNets)
 from ..errors import UsageError
 from .device import Precision
+from .initial_weights import load_initial_checkpoint, pretrained_path_checked
 from .text import mistakes_in_one_line, one_line
 
 _logger = logging.getLogger(__name__)
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
+def build_model(args: argparse.Namespace, *, resumed: bool = False) -> nn.Module:
     """Create ``--model`` on the CPU and set ``args.num_classes`` to its number of classes.
+
+    Args:
+        args: Flags.
+        resumed: Whether a checkpoint brings all weights, so that none are looked for elsewhere.
 
     Raises:
         UsageError: There is no such model, or it cannot be built with these flags or from these weights.
@@ -36,32 +41,39 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise UsageError(f"--model {args.model}: timm has no such model{hint}")
     for flag, path in (("--initial-checkpoint", args.initial_checkpoint), ("--pretrained-path", args.pretrained_path)):
-        if path and not os.path.isfile(path):
+        if path and not resumed and not os.path.isfile(path):
             raise UsageError(f"{flag} {path}: no such file; expected weights, such as model.safetensors")
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
     overlay: dict[str, Any] = {}
     if args.pretrained_path:  # a file goes before the published weights, and num_classes -1 makes timm adapt the head
         overlay["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
     try:
-        model: Any = create_model(
-            args.model,
-            pretrained=args.pretrained,
-            in_chans=in_chans,
-            num_classes=args.num_classes,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-            drop_block_rate=args.drop_block,
-            global_pool=args.gp,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
-            scriptable=False,
-            checkpoint_path=args.initial_checkpoint,
-            **overlay,
-            **args.model_kwargs,
-        )
+        with pretrained_path_checked(args):
+            model: Any = create_model(
+                args.model,
+                pretrained=args.pretrained and not resumed,
+                in_chans=in_chans,
+                num_classes=args.num_classes,
+                drop_rate=args.drop,
+                drop_path_rate=args.drop_path,
+                drop_block_rate=args.drop_block,
+                global_pool=args.gp,
+                bn_momentum=args.bn_momentum,
+                bn_eps=args.bn_eps,
+                scriptable=False,
+                **overlay,
+                **args.model_kwargs,
+            )
+    except UsageError:
+        raise
     except Exception as error:  # a model's constructor may raise anything about the values it was given
-        raise UsageError(f"--model {args.model}: cannot be created with these flags: {one_line(error)}") from error
-    _initialize_head(args, model)
+        weights = f" and from --pretrained-path {args.pretrained_path}" if args.pretrained_path and not resumed else ""
+        raise UsageError(
+            f"--model {args.model}: cannot be created with these flags{weights}: {one_line(error)}") from error
+    if not resumed:
+        if args.initial_checkpoint:
+            load_initial_checkpoint(args, model)
+        _initialize_head(args, model)
     if args.num_classes is None:
         if not hasattr(model, "num_classes"):
             raise UsageError(f"--model {args.model}: does not say its number of classes; add --num-classes")
@@ -118,7 +130,8 @@ def check_forward(args: argparse.Namespace, model: nn.Module, input_size: Sequen
             model(image)
     except Exception as error:  # models check their input in every way there is
         raise UsageError(
-            f"--input-size, --img-size {list(input_size)}: --model {args.model} cannot take it: {one_line(error)}"
+            f"--input-size, --img-size {list(input_size)}: --model {args.model} cannot take it: {one_line(error)} "
+            f"(a model that is built for one size takes another with --model-kwargs img_size={input_size[-1]})"
         ) from error
     finally:
         model.train(was_training)

@@ -85,7 +85,7 @@ def create_schedule(
         else:
             scheduler.step(start_epoch)
         if args.sched == "plateau":
-            _logger.warning("--sched plateau: its patience starts anew, checkpoints do not hold it.")
+            _logger.warning("--sched plateau: learning rate and patience start anew, checkpoints do not hold them.")
     unit = "update" if args.sched_on_updates else "epoch"
     _logger.info(f"{num_epochs} epochs of {updates_per_epoch} updates; the learning rate changes per {unit}.")
     return scheduler, num_epochs

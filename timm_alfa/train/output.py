@@ -6,6 +6,7 @@ import argparse
 import copy
 import csv
 import itertools
+import json
 import logging
 from collections.abc import Mapping
 from datetime import datetime
@@ -75,6 +76,15 @@ def _holds_run(folder: Path) -> bool:
     """Whether a run has left anything in ``folder`` that another would overwrite."""
     names = (entry.name for entry in folder.iterdir()) if folder.exists() else ()
     return any(name in ("args.yaml", "summary.csv") or name.endswith((".pth.tar", ".safetensors")) for name in names)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What an earlier session left in a JSON file; empty if it left nothing that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class MetricLog:

@@ -16,6 +16,9 @@ from timm.utils import NativeScaler
 
 from ..errors import UsageError
 from .checkpoint import find_resume, read_checkpoint, restore_random_state
+from .log import is_first_process
+from .resume_flags import check_same_blocks
+from .resume_optimizer import restore_optimizer
 from .text import one_line
 
 _logger = logging.getLogger(__name__)
@@ -55,11 +58,20 @@ def _is_history(saver: Any) -> bool:
     )
 
 
+def _is_optimizer_state(state: Any) -> bool:
+    """Whether this has the form of ``torch.optim.Optimizer.state_dict()``."""
+    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+        return False
+    groups = state.get("param_groups")
+    return isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+
+
 _RIGHT: dict[str, Callable[[Any], bool]] = {
     "epoch": lambda value: isinstance(value, int) and value >= 0,
     "version": lambda value: isinstance(value, int),
     "saver": _is_history,
-    "optimizer": lambda value: isinstance(value, dict),
+    "optimizer": _is_optimizer_state,
     "state_dict_ema": lambda value: isinstance(value, dict),
 }
 
@@ -79,7 +91,7 @@ def restore_training(
         middle of that epoch (a recovery checkpoint). 0 if it does not say.
 
     Raises:
-        UsageError: The checkpoint does not fit the model or the optimizer.
+        UsageError: The checkpoint does not fit the model, the blocks or the optimizer.
     """
     try:
         task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
@@ -87,16 +99,18 @@ def restore_training(
         raise UsageError(f"--resume {path}: {error}") from error
     except _MISFITS as error:
         raise UsageError(f"--resume {path}: does not fit --model {args.model}: {one_line(error)}") from error
+    module = task.get_eval_model()
+    assert module is not None  # a classification task has one
+    check_same_blocks(args, path, checkpoint, module)
     if not args.no_resume_opt:
         try:
-            if "optimizer" in checkpoint:
-                optimizer.load_state_dict(checkpoint["optimizer"])
-            if scaler is not None and scaler.state_dict_key in checkpoint:
-                scaler.load_state_dict(checkpoint[scaler.state_dict_key])
+            restore_optimizer(optimizer, checkpoint.get("optimizer"))
         except _MISFITS as error:
             raise UsageError(
-                f"--resume {path}: its optimizer state does not fit --opt {args.opt} "
-                f"(--no-resume-opt leaves it out): {one_line(error)}") from error
+                f"--resume {path}: its optimizer state does not fit --opt {args.opt}: {one_line(error)}; "
+                "--no-resume-opt goes on with a new optimizer") from error
+        if scaler is not None:
+            _restore_scaler(path, checkpoint.get(scaler.state_dict_key), scaler)
     epoch = checkpoint.get("epoch")
     if epoch is None:
         return 0
@@ -106,9 +120,25 @@ def restore_training(
     return epoch + 1 if finished else epoch
 
 
+def _restore_scaler(path: str, state: Any, scaler: NativeScaler) -> None:
+    if state is None:
+        if is_first_process():
+            _logger.warning(f"--resume {path}: was trained without a loss scaler, whose scale starts anew.")
+        return
+    try:
+        if not all(isinstance(value, (int, float)) for value in state.values()):
+            raise ValueError("values that are no numbers")
+        scaler.load_state_dict(state)
+    except _MISFITS as error:
+        raise UsageError(f"--resume {path}: the state of its loss scaler cannot be used: {one_line(error)}; "
+                         "--no-resume-opt goes on without") from error
+
+
 def restore_ema(path: str, checkpoint: dict[str, Any], task: ClassificationTask) -> None:
     """Loads the averaged weights, or the plain ones where the checkpoint has no average."""
     suffix = "_ema" if checkpoint.get("state_dict_ema") is not None else ""
+    if not suffix and is_first_process():
+        _logger.warning(f"--resume {path}: has no averaged weights; the average starts from the plain ones.")
     try:
         task.load_checkpoint_state(
             clean_state_dict(checkpoint[f"state_dict{suffix}"]), checkpoint.get(f"task_state{suffix}"), ema=True)

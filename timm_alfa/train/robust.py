@@ -11,12 +11,21 @@ from timm import utils
 
 from ..atomic import write_file
 from ..export import WEIGHTS_FILE
-from ..robust.evaluation import describe, evaluate
+from ..robust.evaluation import create_attack, describe, evaluate
 from .assemble import Plan
+from .output import read_record
 
 _logger = logging.getLogger(__name__)
 
 ROBUST_FILE = "robust.json"
+
+
+def is_attacked(plan: Plan, folder: Path) -> bool:
+    """Whether ``robust.json`` is there and of the attack that the flags ask for, or they ask for none."""
+    args = plan.run.args
+    if args.eval_pgd is None:
+        return True
+    return read_record(folder / ROBUST_FILE).get("attack") == create_attack(args, plan.data_config).describe()
 
 
 def attack_exported(plan: Plan, folder: Path) -> None:

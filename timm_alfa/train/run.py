@@ -33,8 +33,9 @@ from .final_test import TEST_FILE, best_checkpoint, test_best_checkpoint
 from .finite import check_weights
 from .log import setup_logging
 from .loop import ReportingTask, prepare_batch, train_one_epoch
-from .output import MetricLog, open_output, snapshot
-from .robust import ROBUST_FILE, attack_exported
+from .output import MetricLog, open_output, read_record, snapshot
+from .resume_flags import settle_flags
+from .robust import attack_exported, is_attacked
 from .text import one_line
 
 _logger = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ def train(args: argparse.Namespace, *, command: str) -> None:
     if args.alfa_list_blocks:
         list_blocks(args)
         return
+    if checkpoint is not None:
+        config |= settle_flags(args, resume_path, checkpoint)
     plan = assemble(args, resume_path, checkpoint)
     del checkpoint
     if args.alfa_dry_run:
@@ -121,9 +124,10 @@ def train(args: argparse.Namespace, *, command: str) -> None:
         folder = Path(plan.resume_path).parent
         if plan.resume_path and utils.is_primary(args) and not _is_exported(folder):
             _export(plan, folder)  # the run was killed between its last checkpoint and the end of the export
-        if plan.resume_path and plan.test_loader is not None and not (folder / TEST_FILE).exists():
+        tested = read_record(folder / TEST_FILE).get("split") == args.test_split
+        if plan.resume_path and plan.test_loader is not None and not tested:
             _test(plan, folder)
-        if plan.resume_path and utils.is_primary(args) and not (folder / ROBUST_FILE).exists():
+        if plan.resume_path and utils.is_primary(args) and not is_attacked(plan, folder):
             attack_exported(plan, folder)
 
 
@@ -174,6 +178,7 @@ def _create_saver(plan: Plan, folder: Path) -> TrainCheckpointSaver:
         max_history=run.args.checkpoint_hist,
         task=run.task,
     )
+    saver.label_names = plan.label_names
     if plan.resume_path and Path(plan.resume_path).resolve().parent == folder.resolve():
         saver.load_state_dict_from_checkpoint(plan.resume_path)
     return saver
@@ -287,5 +292,8 @@ def _export(plan: Plan, folder: Path) -> None:
     source = best_checkpoint(folder)
     if source is not None:
         model = utils.unwrap_model(plan.run.task.get_eval_model())
-        export_checkpoint(source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config)
+        export_checkpoint(
+            source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config,
+            label_names=plan.label_names,
+        )
         _logger.info(f"Checkpoints, summary.csv, args.yaml and {WEIGHTS_FILE} (of {source.name}) are in {folder}")
