@@ -1,10 +1,10 @@
-"""Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader`` and ``paper``."""
+"""Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader``, ``paper`` and ``finetune``."""
 import sys
 
-from . import loader, loop, paper, step
+from . import finetune, loader, loop, paper, step
 from .common import run
 
-COMMANDS = {"step": step, "loop": loop, "loader": loader, "paper": paper}
+COMMANDS = {"step": step, "loop": loop, "loader": loader, "paper": paper, "finetune": finetune}
 USAGE = f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ..."
 
 name = sys.argv[1] if len(sys.argv) > 1 else ""
