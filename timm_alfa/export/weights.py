@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,8 +19,6 @@ from ..checkpoint_file import read_checkpoint
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "export_checkpoint", "export_model", "plain_weights"]
 
-LabelNames: TypeAlias = list[str] | dict[int, str]
-
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
@@ -31,7 +29,6 @@ def export_model(
         *,
         state_dict: dict[str, torch.Tensor] | None = None,
         data_config: dict[str, Any] | None = None,
-        label_names: LabelNames | None = None,
 ) -> Path:
     """Write a timm model as ``folder/model.safetensors`` and ``folder/config.json``, timm's layout of a model folder.
 
@@ -44,7 +41,6 @@ def export_model(
         state_dict: Weights to write in place of the model's own; names and shapes must be the model's.
         data_config: Preprocessing to record (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``), the
             model's own if None.
-        label_names: What the model's outputs mean, by index; a list, or a dict where some have no name.
 
     Returns:
         Path of ``model.safetensors``.
@@ -65,7 +61,7 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_file(folder / WEIGHTS_FILE, lambda file: file.write(data))
-    write_file(folder / CONFIG_FILE, lambda file: file.write(_config(model, data_config, label_names)))
+    write_file(folder / CONFIG_FILE, lambda file: file.write(_config(model, data_config)))
     return folder / WEIGHTS_FILE
 
 
@@ -76,7 +72,6 @@ def export_checkpoint(
         use_ema: bool,
         *,
         data_config: dict[str, Any] | None = None,
-        label_names: LabelNames | None = None,
 ) -> Path:
     """Write the weights of a training checkpoint as ``export_model`` does; ``model`` gives the architecture, unchanged.
 
@@ -86,7 +81,6 @@ def export_checkpoint(
         folder: Where to write.
         use_ema: Take the averaged weights (``state_dict_ema``).
         data_config: As for ``export_model``.
-        label_names: As for ``export_model``; None takes those that the checkpoint has.
 
     Raises:
         UsageError: The file is damaged or no checkpoint.
@@ -97,8 +91,7 @@ def export_checkpoint(
     key = "state_dict_ema" if use_ema else "state_dict"
     if checkpoint.get(key) is None:
         raise ValueError(f"use_ema: {checkpoint_path} has no averaged weights ('{key}')")
-    names = checkpoint.get("label_names") if label_names is None else label_names
-    return export_model(model, folder, state_dict=checkpoint[key], data_config=data_config, label_names=names)
+    return export_model(model, folder, state_dict=checkpoint[key], data_config=data_config)
 
 
 def plain_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -118,9 +111,8 @@ def plain_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict
     return {name: weights[name] for name in own}
 
 
-def _config(model: nn.Module, data_config: dict[str, Any] | None, label_names: LabelNames | None) -> bytes:
+def _config(model: nn.Module, data_config: dict[str, Any] | None) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG_FILE
-        model_config = {} if label_names is None else {"label_names": label_names}
-        save_config_for_hf(model, str(path), model_config=model_config, data_config=data_config)
+        save_config_for_hf(model, str(path), data_config=data_config)
         return path.read_bytes()

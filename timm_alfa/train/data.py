@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import logging
-import os
 from typing import Any
 
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
-from torchvision.datasets import DatasetFolder
 
 from ..errors import UsageError
-from .class_map import class_names, read_class_map, some
-from .data_check import check_data_arguments, data_root, dataset_kind, split_folder
+from .data_check import check_data_arguments, data_root, dataset_kind
 from .digits import Digits
-from .folders import FolderReader, image_extensions, label_tar
-from .images import NamedImageDataset, NamedStream, load_image
+from .images import NamedImageDataset
 from .split import Part, split_training_set
 from .text import mistakes_in_one_line
 
 __all__ = [
     "check_class_count",
-    "check_class_map",
     "check_data_arguments",
     "create_datasets",
     "create_test_set",
     "default_class_count",
-    "describe_split",
-    "label_names",
 ]
-
-_logger = logging.getLogger(__name__)
 
 
 def default_class_count(args: argparse.Namespace) -> int | None:
@@ -85,6 +73,8 @@ def check_class_count(
         UsageError: Fewer outputs than classes, or splits whose classes differ (the same target would mean two things).
     """
     classes = _class_to_index(dataset_train)
+    if classes.keys() == {""}:
+        raise UsageError(f"--data-dir {data_root(args)}: images but no class folders, expected a folder per class")
     if classes and args.num_classes < (needed := max(classes.values()) + 1):
         raise UsageError(f"--num-classes {args.num_classes}: the training set has {needed} classes, expected {needed}")
     eval_classes = _class_to_index(dataset_eval)
@@ -108,21 +98,16 @@ def _create_dataset(
         is_training: bool,
 ) -> Dataset[Any]:
     mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
-    kind = dataset_kind(args)
-    if kind == "digits":
+    if dataset_kind(args) == "digits":
         return Digits(split, input_img_mode=mode)
-    what = f"{split_flag} {split}"
-    class_map = read_class_map(args.class_map, data_root(args)) if args.class_map and kind else None
-    if kind == "":
-        return _create_folder_dataset(args, what, split, mode, is_training=split_flag == "--train-split")
     training_only = {"seed": args.seed, "repeats": args.epoch_repeats} if is_training else {}
-    with mistakes_in_one_line(f"--dataset {args.dataset} {data_root(args) or ''} {what}"):
+    with mistakes_in_one_line(f"--dataset {args.dataset or 'folder'} {data_root(args) or ''} {split_flag} {split}"):
         dataset = create_dataset(
             args.dataset,
             root=data_root(args),
             split=split,
             is_training=is_training,
-            class_map=class_map,  # type: ignore[arg-type]  # None is timm's default
+            class_map=args.class_map,
             download=args.dataset_download,
             batch_size=args.batch_size,
             num_samples=args.train_num_samples if is_training else args.val_num_samples,
@@ -132,99 +117,12 @@ def _create_dataset(
             trust_remote_code=args.dataset_trust_remote_code,
             **training_only,
         )
-    if isinstance(dataset, ImageDataset):
-        return NamedImageDataset(dataset)
-    if isinstance(dataset, IterableImageDataset):
-        return NamedStream(dataset, what, outputs=args.num_classes)
-    if isinstance(dataset, DatasetFolder):
-        dataset.loader = functools.partial(load_image, mode=mode)
-    return dataset
-
-
-def _create_folder_dataset(
-        args: argparse.Namespace,
-        what: str,
-        split: str,
-        mode: str,
-        *,
-        is_training: bool,
-) -> Dataset[Any]:
-    """The dataset of a folder of class folders, or of a .tar file of them."""
-    root = data_root(args)
-    assert root is not None
-    if os.path.isfile(root):
-        class_map = read_class_map(args.class_map) if args.class_map else None
-        with mistakes_in_one_line(f"--data-dir {root} {what}"):
-            reader: Any = ReaderImageInTar(root)
-        label_tar(reader, what, class_map=class_map, class_map_file=args.class_map)
-    else:
-        folder = split_folder(root, split, is_training=is_training)
-        if folder is None:
-            raise UsageError(f"{what}: no such folder in {root}")
-        class_map = read_class_map(args.class_map, folder) if args.class_map else None
-        reader = FolderReader(
-            folder, what, class_map=class_map, class_map_file=args.class_map,
-            extensions=image_extensions(args.input_key),
-        )
-    return NamedImageDataset(ImageDataset(root, reader=reader, input_img_mode=mode))
-
-
-def check_class_map(args: argparse.Namespace, datasets: dict[str, Any]) -> None:
-    """Check that every name of --class-map is a folder of some split, and tell which classes a split lacks.
-
-    Args:
-        args: Parsed flags.
-        datasets: The splits, by flag and value; None is left out.
-
-    Raises:
-        UsageError: A name that no split has.
-    """
-    readers = {what: _reader(dataset) for what, dataset in datasets.items() if dataset is not None}
-    present = {what: reader.present for what, reader in readers.items() if hasattr(reader, "present")}
-    if not args.class_map or not present:
-        return
-    names = _class_to_index(next(dataset for dataset in datasets.values() if dataset is not None))
-    unknown = [repr(name) for name in names if not any(name in classes for classes in present.values())]
-    if unknown:
-        raise UsageError(f"--class-map {args.class_map}: {some(unknown)} in no folder of {', '.join(present)}; "
-                         "expected the names of class folders")
-    for what, classes in present.items():
-        lacking = [repr(name) for name in names if name not in classes]
-        if lacking:
-            _logger.warning(f"{what}: no images of {some(lacking)}, which --class-map has")
-
-
-def describe_split(what: str, dataset: Any) -> str:
-    """How many images and classes a split has, for the log.
-
-    Args:
-        what: The flag and its value.
-        dataset: The split; a stream may not know.
-    """
-    classes = len(set(_class_to_index(dataset).values()))
-    images = len(dataset) if hasattr(dataset, "__len__") else 0
-    counted = f"{images:,} images" if images else "an unknown number of images"
-    return f"{what}: {counted}" + (f", {classes:,} classes" if classes else "")
-
-
-def label_names(dataset: Any, outputs: int) -> list[str] | dict[int, str] | None:
-    """What the model's outputs mean, as timm's ``label_names`` has it; None where the dataset does not say.
-
-    Args:
-        dataset: The training set.
-        outputs: Number of the model's outputs.
-    """
-    return class_names(_class_to_index(dataset), outputs)
+    return NamedImageDataset(dataset) if isinstance(dataset, ImageDataset) else dataset
 
 
 def _class_to_index(dataset: Any) -> dict[Any, int]:
     """Class names and indices as the kinds of datasets keep them; empty where they keep none."""
-    source = _reader(dataset)
-    return getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None) or {}
-
-
-def _reader(dataset: Any) -> Any:
-    """What knows the classes of a dataset, or of a part of one."""
     if isinstance(dataset, Part):
         dataset = dataset.dataset
-    return getattr(dataset, "reader", dataset)
+    source = getattr(dataset, "reader", dataset)
+    return getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None) or {}

@@ -7,12 +7,12 @@ import importlib.util
 import os
 from pathlib import Path
 
-from ..errors import UsageError
-from .class_map import read_class_map
-from .digits import HELD_OUT_SPLITS, TRAIN_SPLITS
-from .folders import image_extensions, is_hidden
+from timm.data import get_img_extensions
 
-__all__ = ["STREAMS", "check_data_arguments", "data_root", "dataset_kind", "split_folder"]
+from ..errors import UsageError
+from .digits import HELD_OUT_SPLITS, TRAIN_SPLITS
+
+__all__ = ["STREAMS", "check_data_arguments", "data_root", "dataset_kind"]
 
 _PACKAGES = {
     "hfds": ("datasets", "datasets"),
@@ -107,9 +107,10 @@ def _check_folder(args: argparse.Namespace) -> None:
         return
     splits = _splits(args)
     folders = {
-        flag: split_folder(root, split, is_training=flag == "--train-split") for flag, split in splits.items()
+        flag: _train_folder(root, split) if flag == "--train-split" else _split_folder(root, split)
+        for flag, split in splits.items()
     }
-    extensions = image_extensions(args.input_key)
+    extensions = set(args.input_key.split(";")) if args.input_key else get_img_extensions(as_set=True)
     for flag, folder in folders.items():
         if folder is None:
             empty = " (or '' to train without validation)" if flag == "--val-split" else ""
@@ -118,28 +119,39 @@ def _check_folder(args: argparse.Namespace) -> None:
         if not _has_image(folder, extensions):
             suffixes = ", ".join(sorted(extensions)[:6])
             raise UsageError(f"--data-dir {root}: no images in {folder}, expected files such as {suffixes}")
-        if args.class_map:
-            read_class_map(args.class_map, folder)
+        _check_class_map(args.class_map, folder)
 
 
-def split_folder(root: str, split: str, *, is_training: bool) -> str | None:
-    """The folder that timm takes for the split; None where it would take ``root`` itself, all splits together."""
-    name = split.split("[")[0]
-    names = (name, *next((group for group in _SYNONYMS if name in group), ()))
-    folder = next((path for path in (os.path.join(root, n) for n in names) if os.path.exists(path)), None)
+def _train_folder(root: str, split: str) -> str | None:
+    folder = _split_folder(root, split)
     split_names = {name for group in _SYNONYMS for name in group} | {"test"}
-    if folder is None and is_training and split in TRAIN_SPLITS and split_names.isdisjoint(os.listdir(root)):
+    if folder is None and split in TRAIN_SPLITS and split_names.isdisjoint(os.listdir(root)):
         return root  # as in timm: a folder of classes without splits is the training set
     return folder
 
 
+def _split_folder(root: str, split: str) -> str | None:
+    """The folder that timm takes for the split; None where it would take ``root`` itself, all splits together."""
+    name = split.split("[")[0]
+    names = (name, *next((group for group in _SYNONYMS if name in group), ()))
+    return next((path for path in (os.path.join(root, n) for n in names) if os.path.exists(path)), None)
+
+
 def _has_image(folder: str, extensions: set[str]) -> bool:
-    top = Path(folder)
     return any(
-        os.path.splitext(name)[1].lower() in extensions and not is_hidden((*Path(place).relative_to(top).parts, name))
-        for place, _, files in os.walk(folder, followlinks=True)
+        os.path.splitext(name)[1].lower() in extensions
+        for _, _, files in os.walk(folder, followlinks=True)
         for name in files
     )
+
+
+def _check_class_map(class_map: str, folder: str) -> None:
+    if not class_map:
+        return
+    if not os.path.exists(class_map) and not os.path.exists(os.path.join(folder, class_map)):
+        raise UsageError(f"--class-map {class_map}: no such file, nor in {folder}")
+    if os.path.splitext(class_map)[1].lower() not in (".txt", ".pkl"):
+        raise UsageError(f"--class-map {class_map}: expected a .txt file with a class name per line, or a .pkl dict")
 
 
 def _subfolders(root: str) -> str:

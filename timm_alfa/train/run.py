@@ -178,7 +178,6 @@ def _create_saver(plan: Plan, folder: Path) -> TrainCheckpointSaver:
         max_history=run.args.checkpoint_hist,
         task=run.task,
     )
-    saver.label_names = plan.label_names
     if plan.resume_path and Path(plan.resume_path).resolve().parent == folder.resolve():
         saver.load_state_dict_from_checkpoint(plan.resume_path)
     return saver
@@ -292,8 +291,5 @@ def _export(plan: Plan, folder: Path) -> None:
     source = best_checkpoint(folder)
     if source is not None:
         model = utils.unwrap_model(plan.run.task.get_eval_model())
-        export_checkpoint(
-            source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config,
-            label_names=plan.label_names,
-        )
+        export_checkpoint(source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config)
         _logger.info(f"Checkpoints, summary.csv, args.yaml and {WEIGHTS_FILE} (of {source.name}) are in {folder}")
