@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import pickle
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*use of fork:DeprecationWarning",
 )  # webdataset leaves its files to the garbage collector
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3, "interpolation": "bilinear", "crop_pct": 1}
+
+
+@pytest.fixture(autouse=True)
+def _collect() -> Iterator[None]:
+    yield
+    gc.collect()  # here, where the warnings about files are expected
 
 
 def encoded(image: Image.Image, form: str = "PNG") -> bytes:

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 from timm.data import IterableImageDataset
@@ -44,7 +44,7 @@ class StreamedImages(IterableImageDataset):
         self.num_classes = num_classes
         self.where = where
 
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+    def __iter__(self) -> Generator[tuple[Any, Any], None, None]:
         samples = iter(self.reader)
         count = 0
         while True:
@@ -134,7 +134,8 @@ def _try_sample(dataset: StreamedImages, shard: int) -> None:
     trial.reader, trial.transform, trial.target_transform = reader, None, None
     with _warnings_of(type(reader).__module__) as warnings:
         try:
-            found = next(iter(trial), None)
+            with closing(iter(trial)) as samples:
+                found = next(samples, None)
         except DataError as error:
             raise UsageError(str(error)) from error
     if found is None:
