@@ -61,7 +61,10 @@ def export_run(
     failure: RuntimeError | None = None
     try:
         written = [
-            export_model(run.model, output, state_dict=run.weights, data_config=run.data_config), output / CONFIG_FILE]
+            export_model(
+                run.model, output, state_dict=run.weights, data_config=run.data_config, label_names=run.label_names),
+            output / CONFIG_FILE,
+        ]
         for stale in (ONNX_FILE, ONNX_DATA_FILE):
             (output / stale).unlink(missing_ok=True)
         if onnx:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..atomic import write_file
-from ..checkpoint_file import read_checkpoint
+from ..checkpoint_file import read_checkpoint, recorded_label_names
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "export_checkpoint", "export_model", "plain_weights"]
 
@@ -29,6 +30,7 @@ def export_model(
         *,
         state_dict: dict[str, torch.Tensor] | None = None,
         data_config: dict[str, Any] | None = None,
+        label_names: list[str] | dict[int, str] | None = None,
 ) -> Path:
     """Write a timm model as ``folder/model.safetensors`` and ``folder/config.json``, timm's layout of a model folder.
 
@@ -41,6 +43,8 @@ def export_model(
         state_dict: Weights to write in place of the model's own; names and shapes must be the model's.
         data_config: Preprocessing to record (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``), the
             model's own if None.
+        label_names: What the outputs mean, in order or by index; None leaves what the model's configuration says of it,
+            an empty list removes that.
 
     Returns:
         Path of ``model.safetensors``.
@@ -61,7 +65,7 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_file(folder / WEIGHTS_FILE, lambda file: file.write(data))
-    write_file(folder / CONFIG_FILE, lambda file: file.write(_config(model, data_config)))
+    write_file(folder / CONFIG_FILE, lambda file: file.write(_config(model, data_config, label_names)))
     return folder / WEIGHTS_FILE
 
 
@@ -74,6 +78,8 @@ def export_checkpoint(
         data_config: dict[str, Any] | None = None,
 ) -> Path:
     """Write the weights of a training checkpoint as ``export_model`` does; ``model`` gives the architecture, unchanged.
+
+    The names of the classes are the checkpoint's, where it holds them.
 
     Args:
         checkpoint_path: File written by the training script or by timm's.
@@ -91,7 +97,8 @@ def export_checkpoint(
     key = "state_dict_ema" if use_ema else "state_dict"
     if checkpoint.get(key) is None:
         raise ValueError(f"use_ema: {checkpoint_path} has no averaged weights ('{key}')")
-    return export_model(model, folder, state_dict=checkpoint[key], data_config=data_config)
+    names = recorded_label_names(checkpoint)
+    return export_model(model, folder, state_dict=checkpoint[key], data_config=data_config, label_names=names)
 
 
 def plain_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -111,8 +118,19 @@ def plain_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict
     return {name: weights[name] for name in own}
 
 
-def _config(model: nn.Module, data_config: dict[str, Any] | None) -> bytes:
+def _config(
+        model: nn.Module,
+        data_config: dict[str, Any] | None,
+        label_names: list[str] | dict[int, str] | None,
+) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG_FILE
-        save_config_for_hf(model, str(path), data_config=data_config)
-        return path.read_bytes()
+        names = {"label_names": label_names} if label_names else {}
+        save_config_for_hf(model, str(path), model_config=names, data_config=data_config)
+        written = path.read_bytes()
+    if label_names is None:
+        return written
+    config = json.loads(written)
+    for key in ("label_names", "label_descriptions"):  # of the weights that training may have begun with
+        config["pretrained_cfg"].pop(key, None)
+    return json.dumps(config, indent=2).encode()

@@ -13,7 +13,9 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from .. import cli
+from ..checkpoint_file import recorded_label_names
 from ..errors import UsageError
+from .classes import check_trained_classes, label_names
 from .data import check_class_count, check_data_arguments, create_datasets, create_test_set, default_class_count
 from .device import create_precision, prepare_device
 from .loaders import create_loaders
@@ -42,6 +44,7 @@ class Plan:
         stop_epoch: Epoch to stop before.
         num_epochs: Length of the schedule.
         resume_path: Checkpoint that is continued, or ''.
+        label_names: What the model's outputs mean, in order or by index; empty where the data does not name classes.
     """
 
     run: Training
@@ -54,6 +57,7 @@ class Plan:
     stop_epoch: int
     num_epochs: int
     resume_path: str
+    label_names: list[str] | dict[int, str]
 
     @property
     def decreasing(self) -> bool:
@@ -118,6 +122,9 @@ def assemble(
     check_class_count(args, dataset_train, dataset_eval)
     check_class_count(args, dataset_train, dataset_test, "--test-split")
     check_cut(args, data_config["input_size"])
+    names = label_names(dataset_train)
+    if checkpoint is not None:
+        check_trained_classes(f"--resume {resume_path}", recorded_label_names(checkpoint), names)
     collate_fn, mixup_fn = create_mixup(args)
     loader_train, loader_eval, loader_test = create_loaders(
         args,
@@ -199,6 +206,7 @@ def assemble(
         stop_epoch=num_epochs if args.stop_epoch is None else min(args.stop_epoch, num_epochs),
         num_epochs=num_epochs,
         resume_path=resume_path,
+        label_names=names,
     )
 
 

@@ -34,16 +34,18 @@ class TrainCheckpointSaver(CheckpointSaver):
     """timm's saver (same file names, ranked history, ``last``, ``model_best``, milestones, recovery) with safe writes.
 
     Every file is written beside its final place, forced to the disk and renamed, so ``last`` is at every moment a whole
-    checkpoint. Checkpoints have one more key, ``random_states``, with one entry per rank.
+    checkpoint. Checkpoints have two more keys: ``random_states``, with one entry per rank, and ``label_names``.
 
     Attributes:
         random_states: What ``gather_random_states()`` returned; the training loop sets it before it saves.
+        label_names: What the model's outputs mean, see :func:`~timm_alfa.train.classes.label_names`; empty if unknown.
 
     Raises:
         CheckpointError: From every ``save_*`` method, when a file cannot be written (disk full, folder gone).
     """
 
     random_states: list[dict[str, Any]] | None = None
+    label_names: list[str] | dict[int, str] | None = None
 
     def load_state_dict_from_checkpoint(self, checkpoint_path: str) -> bool:
         """Restore the history, and finish the ranking where a kill came after ``last`` and before the ranked files."""
@@ -88,6 +90,8 @@ class TrainCheckpointSaver(CheckpointSaver):
             state["metric"] = metric
         if self.random_states is not None:
             state["random_states"] = self.random_states
+        if self.label_names is not None:
+            state["label_names"] = self.label_names
         try:
             write_file(save_path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:

@@ -20,7 +20,7 @@ from timm.utils.distributed import world_info_from_env
 
 from ..dryrun import dry_run
 from ..environment import describe_run
-from ..errors import DataError, NonFiniteError, UsageError, end_without_reader
+from ..errors import DataError, NonFiniteError, UsageError, data_problem, end_without_reader
 from ..export import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint
 from ..ranks import leave_group
 from ..report.plot import draw
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error), code=2)
     except (CheckpointError, NonFiniteError) as error:
         _fail(str(error), code=1)
-    except DataError as error:  # a loader's worker process puts its traceback before the message
-        _fail(str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: "), code=1)
+    except DataError as error:
+        _fail(data_problem(error), code=1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -178,6 +178,7 @@ def _create_saver(plan: Plan, folder: Path) -> TrainCheckpointSaver:
         max_history=run.args.checkpoint_hist,
         task=run.task,
     )
+    saver.label_names = plan.label_names
     if plan.resume_path and Path(plan.resume_path).resolve().parent == folder.resolve():
         saver.load_state_dict_from_checkpoint(plan.resume_path)
     return saver
