@@ -56,7 +56,10 @@ def read_checkpoint(path: str | os.PathLike[str], flag: str = "--resume") -> dic
 def recorded_label_names(checkpoint: dict[str, Any]) -> list[str] | dict[int, str] | None:
     """The class names that a training checkpoint holds: in order, or by index; empty where the data did not name them.
 
-    None where it does not say, as those of timm, or says something else. It may also be what a ``config.json`` says.
+    None where it does not say, as those of timm, or says something else.
+
+    Args:
+        checkpoint: What a checkpoint, or a ``config.json``, holds.
     """
     names = checkpoint.get("label_names")
     if isinstance(names, list) and all(isinstance(name, str) for name in names):

@@ -31,7 +31,7 @@ from .timing import compare
 from .variants import Variant, training_step
 
 # named otherwise before torch 2.7
-_RECOMPILE_LIMIT = "recompile_limit" if "recompile_limit" in torch._dynamo.config._config else "cache_size_limit"
+_RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 
 
 def build_parser() -> argparse.ArgumentParser:
