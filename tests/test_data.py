@@ -159,12 +159,6 @@ def test_workers_restart_unless_the_multi_epochs_loader_is_asked_for(folder):
         args = parse("--data-dir", folder, *flags, workers=1)
         for loader in loaders_of(args, create_datasets(args, CONFIG))[:2]:
             assert loader.loader.persistent_workers is persistent
-            if persistent:  # else the threads that feed them fail in whatever test collects them
-                iterator = loader.loader.iterator
-                iterator._shutdown_workers()
-                for queue in iterator._index_queues:
-                    if queue._thread is not None:
-                        queue._thread.join()
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # python 3.12 on the loader's workers
