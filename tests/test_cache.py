@@ -103,6 +103,28 @@ def test_images_are_read_once(images, monkeypatch):
     assert cached.images.shape == (21, *SIZE)
 
 
+def test_16_bits_are_cached_as_they_are_read(tmp_path):
+    for name, value in (("a", 30_000), ("b", 60_000)):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((40, 36), value, dtype=np.uint16)).save(folder / "0.png")
+    dataset = NamedImageDataset(create_dataset("", str(tmp_path), "train", transform=PILToTensor()))
+    kept, _ = read_images(dataset, 0)
+    assert kept.flatten(1).unique(dim=1).tolist() == [[117], [233]]
+
+
+def test_an_image_without_a_known_range_is_named(tmp_path, capsys):
+    make_image_folder(tmp_path / "images", train=2)
+    path = tmp_path / "images" / "train" / "b" / "9.tif"
+    Image.fromarray(np.full((40, 36), 70_000, dtype=np.int32)).save(path)
+    with pytest.raises(SystemExit) as caught:
+        main([*RUN.split(), "--data-dir", str(tmp_path / "images"), "--input-key", ".png;.tif", "--output",
+              str(tmp_path / "out")])  # fmt: skip
+    assert caught.value.code == 1
+    assert f"error: {path}: a 32-bit image with values from 70000 to 70000, expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_images_of_different_sizes(images, tmp_path):
     make_image_folder(tmp_path, train=2)
     Image.new("RGB", (20, 40)).save(tmp_path / "train" / "b" / "0.png")

@@ -63,6 +63,8 @@ def test_missing_split_folder_is_not_replaced_by_the_root(tmp_path):
         f"--val-split validation: no such folder in {tmp_path}, expected one of test, train "
         "(or '' to train without validation)"
     )
+    assert check_fails("--data-dir", tmp_path, "--train-split", "") == (
+        "--train-split: is empty, expected one of test, train")
     message = check_fails("--data-dir", tmp_path, "--train-split", "trian", "--val-split", "test")
     assert message == f"--train-split trian: no such folder in {tmp_path}, expected one of test, train"
 
@@ -92,12 +94,33 @@ def test_no_images(tmp_path):
     assert "expected one of its folders (it has none)" in check_fails("--data-dir", tmp_path / "val" / "cat")
 
 
+def test_hidden_images_are_none(tmp_path):
+    add_images(tmp_path, "train/cat/1.png", "val/cat/._1.png", "val/.ipynb_checkpoints/1.png", "val/__MACOSX/cat/1.png")
+    assert f"no images in {tmp_path / 'val'}" in check_fails("--data-dir", tmp_path)
+    assert "expected one of train, val (or" in check_fails("--data-dir", tmp_path, "--val-split", "none")
+
+
+def test_torchvisions_folders_have_splits_too(tmp_path):
+    add_images(tmp_path, "train/cat/1.tif", "test/cat/1.tif")
+    flags = ("--dataset", "torch/image_folder", "--data-dir", tmp_path)
+    check_data_arguments(parse(*flags, "--val-split", "test"))
+    assert "--val-split validation: no such folder in" in check_fails(*flags)
+
+
 def test_files(tmp_path):
     (tmp_path / "notes.txt").touch()
     assert "a file, expected a folder of images or a .tar file" in check_fails("--data-dir", tmp_path / "notes.txt")
     with tarfile.open(tmp_path / "images.tar", "w"):
         pass
-    check_data_arguments(parse("--data-dir", tmp_path / "images.tar"))
+    flags = ("--data-dir", tmp_path / "images.tar")
+    for more in (("--val-split", ""), ("--val-fraction", 0.1)):
+        check_data_arguments(parse(*flags, *more))
+    assert check_fails(*flags) == (
+        f"--val-split validation: --data-dir {tmp_path / 'images.tar'} has no splits, these would be the images that "
+        "are trained on; expected a folder of splits, --val-fraction, or '' to train without validation"
+    )
+    assert "--test-split test: --data-dir" in check_fails(*flags, "--val-split", "", "--test-split", "test")
+    assert "expected a folder of images" in check_fails(*flags, "--dataset", "torch/image_folder")
 
 
 def test_class_map(tmp_path):
@@ -106,6 +129,11 @@ def test_class_map(tmp_path):
     assert "--class-map none.txt: no such file" in check_fails(*flags, "none.txt")
     (tmp_path / "map.csv").touch()
     assert "expected a .txt file" in check_fails(*flags, tmp_path / "map.csv")
+    (tmp_path / "map.txt").write_text("cat\n\ncat\n")
+    assert "line 2 is empty" in check_fails(*flags, tmp_path / "map.txt")
+    for source in ("digits", "torch/cifar10", "torch/image_folder"):
+        message = check_fails(*flags, tmp_path / "map.txt", "--dataset", source)
+        assert message == f"--class-map {tmp_path / 'map.txt'}: has no effect with --dataset {source}"
     for split in ("train", "val"):
         (tmp_path / split / "map.txt").write_text("cat\n")
     check_data_arguments(parse(*flags, "map.txt"))

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_the_default_is_the_best_average(digits_run: Path):
     assert model.pretrained_cfg["input_size"] == (3, 8, 8)
 
 
+def test_the_export_says_which_classes_the_run_saw(folder_run: Path, tmp_path: Path):
+    export_run(folder_run, tmp_path, onnx=False)
+    for folder in (folder_run, tmp_path):
+        assert json.loads((folder / "config.json").read_text())["label_names"] == ["a", "b", "c"]
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    for name in ("last.pth.tar", "model_best.pth.tar", "checkpoint-0.pth.tar"):
+        with torch.serialization.safe_globals([Namespace]):
+            assert torch.load(folder_run / name, weights_only=True)["label_names"] == ["a", "b", "c"]
+        timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(folder_run / name))
+
+
 @pytest.mark.parametrize("name", ["last.pth.tar", "checkpoint-0.pth.tar"])
 def test_other_weights(digits_run: Path, tmp_path: Path, name: str):
     path = digits_run / name
@@ -95,10 +108,11 @@ def test_weights_keep_their_type(folder_run: Path, tmp_path: Path):
 def test_the_layout_is_what_timm_pushes_to_the_hub(digits_run: Path, tmp_path: Path):
     export_run(digits_run, tmp_path / "ours", onnx=False)
     run = read_trained_run(digits_run)
-    save_for_hf(run.model, str(tmp_path / "timm"), safe_serialization=True, data_config=run.data_config)
+    names = {"label_names": [str(digit) for digit in range(10)]}
+    save_for_hf(run.model, str(tmp_path / "timm"), model_config=names, safe_serialization=True,
+                data_config=run.data_config)  # fmt: skip
     assert {*os.listdir(tmp_path / "timm"), "README.md"} == set(os.listdir(tmp_path / "ours"))
     ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "timm"))
-    assert ours.pop("label_names") == [str(digit) for digit in range(10)]
     assert ours == theirs
     assert_equal(load_file(tmp_path / "ours" / "model.safetensors"), load_file(tmp_path / "timm" / "model.safetensors"))
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data import CustomDatasetInfo
 from timm.models import load_checkpoint
 from timm.utils import ModelEmaV3
 
@@ -54,6 +55,34 @@ def test_config_says_what_the_model_is(model, tmp_path):
     recorded = config["pretrained_cfg"]
     assert {name: recorded[name] for name in data_config} == json.loads(json.dumps(data_config))
     assert not {"url", "hf_hub_id", "file"} & recorded.keys()
+
+
+@pytest.mark.parametrize("names", [list("abcdefg"), ["a", "b"], {0: "a", 6: "g"}])
+def test_config_says_what_the_outputs_mean(model, tmp_path, names):
+    export_model(model, tmp_path, label_names=names)
+    recorded = json.loads((tmp_path / "config.json").read_text())["label_names"]
+    assert recorded == json.loads(json.dumps(names))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    info = CustomDatasetInfo(loaded.pretrained_cfg["label_names"])  # timm's reader of them
+    assert [info.index_to_label_name(index) for index in info.label_indices()] == (
+        list(names.values()) if isinstance(names, dict) else names)
+    # a model that is trained on, from these weights
+    for others in (["x", "y"], []):
+        export_model(loaded, tmp_path / "next", label_names=others)
+        config = json.loads((tmp_path / "next" / "config.json").read_text())
+        assert (config.get("label_names", []), "label_names" in config["pretrained_cfg"]) == (others, False)
+    export_model(loaded, tmp_path / "same")
+    again = timm.create_model(f"local-dir:{tmp_path / 'same'}", pretrained=True)
+    assert again.pretrained_cfg["label_names"] == loaded.pretrained_cfg["label_names"]
+
+
+@pytest.mark.parametrize(("recorded", "names"), [
+    (["a", "b"], ["a", "b"]), ({1: "b"}, {"1": "b"}), ([], None), ([1], None), ("ab", None), ({"x": "b"}, None),
+])
+def test_export_checkpoint_takes_the_names_of_the_checkpoint(model, tmp_path, recorded, names):
+    torch.save({"state_dict": model.state_dict(), "label_names": recorded}, tmp_path / "best.pth.tar")
+    export_checkpoint(tmp_path / "best.pth.tar", model, tmp_path, use_ema=False)
+    assert json.loads((tmp_path / "config.json").read_text()).get("label_names") == names
 
 
 def test_timm_reads_it_where_this_package_cannot_be_imported(model, tmp_path):

@@ -12,6 +12,8 @@ import torch
 from summaries import reproducible_summary
 from training_images import make_image_folder
 
+from timm_alfa.train import main
+
 COMMAND = (
     "--model resnet20s --img-size 16 --num-classes 3 -b 4 --epochs 4 --experiment run --opt adamw --lr 1e-3 "
     "--warmup-epochs 1 --sched-on-updates --alfa-blocks layer1 layer2 layer3 --alfa-learnable --alfa-gamma 0.5 "
@@ -66,3 +68,33 @@ def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path, workers:
     folders = [tmp_path / name / "run" for name in ("whole", "parts")]
     assert reproducible_summary(folders[0]) == reproducible_summary(folders[1])
     assert (folders[0] / "eta.csv").read_text() == (folders[1] / "eta.csv").read_text()
+
+
+def test_other_classes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_image_folder(tmp_path / "data", train=2)
+    command = ["--data-dir", str(data), "--model", "test_resnet", "--img-size", "32", "--num-classes", "3", "-b", "2",
+               "--workers", "0", "--epochs", "2", "--lr", "0.01", "--output", str(tmp_path), "--experiment", "run",
+               "--resume", "auto"]
+    main([*command, "--stop-epoch", "1"])
+    last = tmp_path / "run" / "last.pth.tar"
+    for split in ("train", "validation"):
+        (data / split / "b").rename(data / split / "d")
+    before = last.read_bytes()
+    (tmp_path / "map.txt").write_text("c\nd\na\n")
+    (tmp_path / "same.txt").write_text("c\na\nb\n")
+    start = f"train_alfa.py: error: --resume {last}: "
+    other_names = f"{start}was trained on 3 classes, the data has 3: 'b' only in the checkpoint; 'd' only in the data; "
+    for extra, message in (([], other_names), (["--class-map", str(tmp_path / "map.txt")], other_names)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([*command, *extra])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == f"{message}expected the same classes\n"
+    for split in ("train", "validation"):
+        (data / split / "d").rename(data / split / "b")
+    with pytest.raises(SystemExit):
+        main([*command, "--class-map", str(tmp_path / "same.txt")])
+    assert capsys.readouterr().err == (
+        f"{start}numbers its classes differently than the data; expected the same --class-map\n")
+    assert last.read_bytes() == before
+    main(command)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from toys import Small, batch
@@ -105,6 +109,68 @@ def test_command_on_a_checkpoint_and_on_its_export(tmp_path: Path, capsys: pytes
     assert "PGD-2, eps 4/255, alpha 2/255, zero start: clean " in capsys.readouterr().out
 
 
+def _sixteen_bits(root: Path) -> Path:
+    """Grey images of 16 bits, dark and bright, nearly all above the 255 at which PIL's own conversion ends."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for name, low in (("bright", 40_000), ("dark", 5_000)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(6):
+                pixels = generator.integers(low, low + 20_000, (32, 32), dtype=np.uint16)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("in_chans", ["1", "3"])
+def test_images_of_16_bits_are_told_apart(tmp_path: Path, in_chans: str) -> None:
+    """Training and the attack see the same images; made constant white, both classes would get the same answer."""
+    common = ["--data-dir", str(_sixteen_bits(tmp_path / "data")), "--model", "resnet20s", "--num-classes", "2",
+              "--in-chans", in_chans, "--img-size", "16", "--workers", "0", "-b", "6", "--eval-pgd", "1"]
+    train_main([*common, "--epochs", "6", "--lr", "0.05", "--warmup-epochs", "0", "--val-interval", "6", "--output",
+                str(tmp_path), "--experiment", "run", "--color-jitter", "0"])
+    trained = json.loads((tmp_path / "run" / "robust.json").read_text())
+    found = main([*common, "--initial-checkpoint", str(tmp_path / "run" / "model.safetensors")])
+    assert trained["top1"] == found["top1"] == 100
+
+
+def test_an_image_without_a_known_range_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_image_folder(tmp_path / "data", train=2)
+    weights = tmp_path / "weights.pth"
+    torch.save({"state_dict": timm.create_model("test_resnet", num_classes=3).state_dict()}, weights)
+    command = ["--data-dir", str(data), "--input-key", ".png;.tif", "--model", "test_resnet", "--num-classes", "3",
+               "--img-size", "32", "--workers", "1", "-b", "2", "--initial-checkpoint", str(weights)]
+    message = "a 32-bit image with values from 0 to 70000, expected 0 to 65535; store it with 8 or 16 unsigned bits"
+    for name, code in (("c/9.tif", 1), ("a/0-.tif", 2)):  # found on the way, and looked at first
+        path = data / "validation" / name
+        Image.fromarray(np.array([[0, 70_000]] * 2, dtype=np.int32)).save(path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(command)
+        error = capsys.readouterr().err
+        assert (caught.value.code, error.count("\n")) == (code, 1)
+        assert f"{path}: {message}\n" in error
+
+
+def test_the_classes_must_be_those_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_image_folder(tmp_path / "data", train=2)
+    common = ["--data-dir", str(data), "--model", "test_resnet", "--num-classes", "3", "--img-size", "32", "--workers",
+              "0", "-b", "2", "--eval-pgd", "1"]
+    train_main([*common, "--epochs", "1", "--lr", "0.01", "--output", str(tmp_path), "--experiment", "run"])
+    for name in ("model_best.pth.tar", "model.safetensors"):
+        main([*common, "--initial-checkpoint", str(tmp_path / "run" / name)])
+    shutil.rmtree(data / "validation" / "b")
+    for name in ("model_best.pth.tar", "model.safetensors"):  # 'c' would be number 1
+        capsys.readouterr()
+        path = tmp_path / "run" / name
+        with pytest.raises(SystemExit) as caught:
+            main([*common, "--initial-checkpoint", str(path)])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.startswith(
+            f"timm_alfa.robust: error: --initial-checkpoint {path}: was trained on 3 classes, the data has 2: 'b' only "
+            "in the checkpoint; expected the same classes\n")
+
+
 def test_a_run_ends_with_the_robust_accuracy_of_what_it_exported(
         tmp_path: Path,
         caplog: pytest.LogCaptureFixture,
@@ -156,6 +222,7 @@ def test_bad_flags_of_a_run(argv: list[str], message: str) -> None:
         (["--eval-pgd-init", "middle"], "argument --eval-pgd-init: invalid choice: 'middle'"),
         (["--eval-pgd", "2"], "--initial-checkpoint: name the checkpoint to evaluate"),
         (["--initial-checkpoint", "nothing.pth"], "--initial-checkpoint nothing.pth: no such file"),
+        (["--initial-checkpoint", __file__, "--val-split="], "--val-split: is empty, expected the split whose images"),
         (["--eval-pdg", "2"], "unrecognized arguments: --eval-pdg"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 
 from .errors import UsageError
 
-__all__ = ["read_checkpoint"]
+__all__ = ["read_checkpoint", "recorded_label_names"]
 
 
 def read_checkpoint(path: str | os.PathLike[str], flag: str = "--resume") -> dict[str, Any]:
@@ -51,6 +51,22 @@ def read_checkpoint(path: str | os.PathLike[str], flag: str = "--resume") -> dic
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UsageError(f"{flag} {path}: no 'state_dict' in it, {expected}; for weights alone: --initial-checkpoint")
     return checkpoint
+
+
+def recorded_label_names(checkpoint: dict[str, Any]) -> list[str] | dict[int, str] | None:
+    """The class names that a training checkpoint holds: in order, or by index; empty where the data did not name them.
+
+    None where it does not say, as those of timm, or says something else.
+
+    Args:
+        checkpoint: What a checkpoint, or a ``config.json``, holds.
+    """
+    names = checkpoint.get("label_names")
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    if isinstance(names, dict) and all(str(key).isdecimal() and isinstance(name, str) for key, name in names.items()):
+        return {int(index): name for index, name in names.items()}
+    return None
 
 
 def _foreign_globals(path: str | os.PathLike[str]) -> str:

@@ -26,6 +26,11 @@ class BlockError(ValueError):
     """A block name that does not resolve, or a block that cannot be perturbed; the message says what would do."""
 
 
+def data_problem(error: DataError) -> str:
+    """The line of a DataError that is its message; a loader's worker process puts its traceback before it."""
+    return str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
+
+
 def end_without_reader() -> NoReturn:
     """End a command whose output nobody reads any more (``| head``); Python would complain once more at exit.
 

@@ -30,6 +30,9 @@ from .picture import draw_bars
 from .timing import compare
 from .variants import Variant, training_step
 
+# named otherwise before torch 2.7
+_RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -56,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     device = torch.device(args.device)
     try:
         # every method compiles parts of a model of its own, whose code they share
-        with torch._dynamo.config.patch(recompile_limit=64):
+        with torch._dynamo.config.patch({_RECOMPILE_LIMIT: 64}):
             if args.measure_memory_of is not None:
                 variant = next(variant for variant in variants if variant.name == args.measure_memory_of)
                 print(peak_memory(_step(args, variant, model, images, target, args.compile), device))

@@ -60,10 +60,11 @@ def export_run(
     run = read_trained_run(folder, checkpoint, ema)
     failure: RuntimeError | None = None
     try:
-        weights = export_model(
-            run.model, output, state_dict=run.weights, data_config=run.data_config, label_names=run.label_names
-        )
-        written = [weights, output / CONFIG_FILE]
+        written = [
+            export_model(
+                run.model, output, state_dict=run.weights, data_config=run.data_config, label_names=run.label_names),
+            output / CONFIG_FILE,
+        ]
         for stale in (ONNX_FILE, ONNX_DATA_FILE):
             (output / stale).unlink(missing_ok=True)
         if onnx:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint_file import read_checkpoint
+from ..checkpoint_file import read_checkpoint, recorded_label_names
 from ..errors import UsageError
 from ..report.records import read_run
 from ..train.args import build_parser
@@ -19,7 +19,7 @@ from ..train.config import load_config
 from ..train.data import default_class_count
 from ..train.final_test import TEST_FILE
 from ..train.model import build_model, resolve_preprocessing
-from .weights import LabelNames, plain_weights
+from .weights import plain_weights
 
 __all__ = ["BEST", "TrainedRun", "read_trained_run"]
 
@@ -41,7 +41,7 @@ class TrainedRun:
         metrics: What ``summary.csv`` says of these very weights in that epoch; empty where it says nothing.
         test: What ``test.json`` says of these very weights; empty where it says nothing.
         environment: The run's hardware and versions, as far as it recorded them.
-        label_names: What the model's outputs mean, by index; None where the checkpoint does not say.
+        label_names: What the outputs mean, in order or by index; None where the checkpoint does not say.
     """
 
     args: argparse.Namespace
@@ -54,7 +54,7 @@ class TrainedRun:
     metrics: dict[str, float]
     test: dict[str, Any]
     environment: dict[str, Any]
-    label_names: LabelNames | None
+    label_names: list[str] | dict[int, str] | None
 
 
 def read_trained_run(folder: Path, checkpoint: str | None = None, ema: bool | None = None) -> TrainedRun:
@@ -104,7 +104,7 @@ def read_trained_run(folder: Path, checkpoint: str | None = None, ema: bool | No
         metrics=metrics,
         test=test if (test.get("epoch"), args.model_ema) == (index, averaged) else {},
         environment={} if record is None else record.environment,
-        label_names=content.get("label_names"),
+        label_names=recorded_label_names(content),
     )
 
 

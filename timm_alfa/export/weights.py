@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,11 +16,9 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..atomic import write_file
-from ..checkpoint_file import read_checkpoint
+from ..checkpoint_file import read_checkpoint, recorded_label_names
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "export_checkpoint", "export_model", "plain_weights"]
-
-LabelNames: TypeAlias = list[str] | dict[int, str]
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -31,7 +30,7 @@ def export_model(
         *,
         state_dict: dict[str, torch.Tensor] | None = None,
         data_config: dict[str, Any] | None = None,
-        label_names: LabelNames | None = None,
+        label_names: list[str] | dict[int, str] | None = None,
 ) -> Path:
     """Write a timm model as ``folder/model.safetensors`` and ``folder/config.json``, timm's layout of a model folder.
 
@@ -44,7 +43,8 @@ def export_model(
         state_dict: Weights to write in place of the model's own; names and shapes must be the model's.
         data_config: Preprocessing to record (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``), the
             model's own if None.
-        label_names: What the model's outputs mean, by index; a list, or a dict where some have no name.
+        label_names: What the outputs mean, in order or by index; None leaves what the model's configuration says of it,
+            an empty list removes that.
 
     Returns:
         Path of ``model.safetensors``.
@@ -76,9 +76,10 @@ def export_checkpoint(
         use_ema: bool,
         *,
         data_config: dict[str, Any] | None = None,
-        label_names: LabelNames | None = None,
 ) -> Path:
     """Write the weights of a training checkpoint as ``export_model`` does; ``model`` gives the architecture, unchanged.
+
+    The names of the classes are the checkpoint's, where it holds them.
 
     Args:
         checkpoint_path: File written by the training script or by timm's.
@@ -86,7 +87,6 @@ def export_checkpoint(
         folder: Where to write.
         use_ema: Take the averaged weights (``state_dict_ema``).
         data_config: As for ``export_model``.
-        label_names: As for ``export_model``; None takes those that the checkpoint has.
 
     Raises:
         UsageError: The file is damaged or no checkpoint.
@@ -97,7 +97,7 @@ def export_checkpoint(
     key = "state_dict_ema" if use_ema else "state_dict"
     if checkpoint.get(key) is None:
         raise ValueError(f"use_ema: {checkpoint_path} has no averaged weights ('{key}')")
-    names = checkpoint.get("label_names") if label_names is None else label_names
+    names = recorded_label_names(checkpoint)
     return export_model(model, folder, state_dict=checkpoint[key], data_config=data_config, label_names=names)
 
 
@@ -118,9 +118,19 @@ def plain_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict
     return {name: weights[name] for name in own}
 
 
-def _config(model: nn.Module, data_config: dict[str, Any] | None, label_names: LabelNames | None) -> bytes:
+def _config(
+        model: nn.Module,
+        data_config: dict[str, Any] | None,
+        label_names: list[str] | dict[int, str] | None,
+) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG_FILE
-        model_config = {} if label_names is None else {"label_names": label_names}
-        save_config_for_hf(model, str(path), model_config=model_config, data_config=data_config)
-        return path.read_bytes()
+        names = {"label_names": label_names} if label_names else {}
+        save_config_for_hf(model, str(path), model_config=names, data_config=data_config)
+        written = path.read_bytes()
+    if label_names is None:
+        return written
+    config = json.loads(written)
+    for key in ("label_names", "label_descriptions"):  # of the weights that training may have begun with
+        config["pretrained_cfg"].pop(key, None)
+    return json.dumps(config, indent=2).encode()

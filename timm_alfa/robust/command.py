@@ -7,17 +7,24 @@ images with l_inf PGD.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..checkpoint_file import read_checkpoint, recorded_label_names
+from ..errors import DataError, UsageError, data_problem
+from ..export import CONFIG_FILE
 from ..flags import add_flags, fill_flags
 from ..train.args import build_parser, parse_args
 from ..train.assemble import create_seeded_model
-from ..train.data import check_class_count, check_data_arguments, create_datasets, default_class_count
+from ..train.classes import check_trained_classes, label_names
+from ..train.data import check_class_count, check_data_arguments, create_evaluation_set, default_class_count
 from ..train.device import create_precision
+from ..train.loaders import check_first_image
 from ..train.log import setup_logging
 from ..train.model import check_forward, place_model
 from ..train.parser import TrainParser
@@ -36,7 +43,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.prefetcher = True
     if args.num_classes is None:
         args.num_classes = default_class_count(args)
-    args.train_split = args.test_split or args.val_split  # the one that is looked at, all of it
+    flag, split = ("--test-split", args.test_split) if args.test_split else ("--val-split", args.val_split)
+    if not split:
+        raise UsageError("--val-split: is empty, expected the split whose images are attacked")
+    args.train_split = split  # the one that is looked at, all of it
     args.val_fraction = args.train_fraction = None
     args.val_split = args.test_split = ""
     check_data_arguments(args)
@@ -46,13 +56,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     precision = create_precision(args, device)
     model = place_model(args, model, device, precision.model_dtype)
     check_forward(args, model, data_config["input_size"], precision)
-    dataset: Any = create_datasets(args, data_config)[0]
+    dataset: Any = create_evaluation_set(args, data_config, flag, split)
     check_class_count(args, dataset, None)
+    check_trained_classes(f"--initial-checkpoint {args.initial_checkpoint}", _trained_names(args), label_names(dataset))
+    check_first_image(args, dataset, flag, data_config["input_size"][0])
     result = evaluate(
         args, model, dataset, data_config, device=device, dtype=precision.model_dtype, autocast=precision.autocast
     )
     print(describe(result))
     return result
+
+
+def _trained_names(args: argparse.Namespace) -> list[str] | dict[int, str] | None:
+    """What the weights say of the classes that they were trained on, in the file or, of an export, beside it."""
+    path = Path(args.initial_checkpoint)
+    with contextlib.suppress(UsageError, OSError, ValueError):
+        if path.suffix != ".safetensors":
+            return recorded_label_names(read_checkpoint(path))
+        config = json.loads((path.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+        return recorded_label_names(config) if isinstance(config, dict) else None
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -62,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         argv: Arguments without the program's name; None takes those of the process.
 
     Raises:
-        SystemExit: 2 after a user's mistake.
+        SystemExit: 2 after a user's mistake, 1 when images cannot be read.
     """
     setup_logging(primary=True)
     own = TrainParser(prog="python -m timm_alfa.robust", add_help=False, allow_abbrev=False)
@@ -86,3 +109,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     except UsageError as error:
         print(f"timm_alfa.robust: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except DataError as error:
+        print(f"timm_alfa.robust: error: {data_problem(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)

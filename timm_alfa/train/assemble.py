@@ -13,17 +13,10 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from .. import cli
+from ..checkpoint_file import recorded_label_names
 from ..errors import UsageError
-from .data import (
-    check_class_count,
-    check_class_map,
-    check_data_arguments,
-    create_datasets,
-    create_test_set,
-    default_class_count,
-    describe_split,
-    label_names,
-)
+from .classes import check_trained_classes, label_names
+from .data import check_class_count, check_data_arguments, create_datasets, create_test_set, default_class_count
 from .device import create_precision, prepare_device
 from .loaders import create_loaders
 from .loop import ReportingTask, Training, updates_per_epoch
@@ -51,7 +44,7 @@ class Plan:
         stop_epoch: Epoch to stop before.
         num_epochs: Length of the schedule.
         resume_path: Checkpoint that is continued, or ''.
-        label_names: What the model's outputs mean, as timm has it; None if the dataset does not say.
+        label_names: What the model's outputs mean, in order or by index; empty where the data does not name classes.
     """
 
     run: Training
@@ -64,7 +57,7 @@ class Plan:
     stop_epoch: int
     num_epochs: int
     resume_path: str
-    label_names: list[str] | dict[int, str] | None
+    label_names: list[str] | dict[int, str]
 
     @property
     def decreasing(self) -> bool:
@@ -128,13 +121,10 @@ def assemble(
     dataset_test = create_test_set(args, data_config)
     check_class_count(args, dataset_train, dataset_eval)
     check_class_count(args, dataset_train, dataset_test, "--test-split")
-    splits = {f"--train-split {args.train_split}": dataset_train, _validation(args): dataset_eval,
-              f"--test-split {args.test_split}": dataset_test}
-    check_class_map(args, splits)
-    for what, dataset in splits.items():
-        if dataset is not None:
-            _logger.info(describe_split(what, dataset))
     check_cut(args, data_config["input_size"])
+    names = label_names(dataset_train)
+    if checkpoint is not None:
+        check_trained_classes(f"--resume {resume_path}", recorded_label_names(checkpoint), names)
     collate_fn, mixup_fn = create_mixup(args)
     loader_train, loader_eval, loader_test = create_loaders(
         args,
@@ -216,13 +206,8 @@ def assemble(
         stop_epoch=num_epochs if args.stop_epoch is None else min(args.stop_epoch, num_epochs),
         num_epochs=num_epochs,
         resume_path=resume_path,
-        label_names=label_names(dataset_train, args.num_classes),
+        label_names=names,
     )
-
-
-def _validation(args: argparse.Namespace) -> str:
-    """How the validation images are named."""
-    return f"--val-split {args.val_split}" if args.val_fraction is None else f"--val-fraction {args.val_fraction:g}"
 
 
 def _compile_and_distribute(args: argparse.Namespace, task: ClassificationTask, device: torch.device) -> nn.Module:

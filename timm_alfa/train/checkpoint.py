@@ -34,11 +34,11 @@ class TrainCheckpointSaver(CheckpointSaver):
     """timm's saver (same file names, ranked history, ``last``, ``model_best``, milestones, recovery) with safe writes.
 
     Every file is written beside its final place, forced to the disk and renamed, so ``last`` is at every moment a whole
-    checkpoint. Checkpoints have two more keys, ``random_states``, with one entry per rank, and ``label_names``.
+    checkpoint. Checkpoints have two more keys: ``random_states``, with one entry per rank, and ``label_names``.
 
     Attributes:
         random_states: What ``gather_random_states()`` returned; the training loop sets it before it saves.
-        label_names: What the model's outputs mean, by index; None if nobody knows.
+        label_names: What the model's outputs mean, see :func:`~timm_alfa.train.classes.label_names`; empty if unknown.
 
     Raises:
         CheckpointError: From every ``save_*`` method, when a file cannot be written (disk full, folder gone).

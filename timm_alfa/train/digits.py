@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import UsageError
+from .image_modes import convert_image
 
 __all__ = ["HELD_OUT_SPLITS", "TRAIN_SPLITS", "Digits"]
 
@@ -30,7 +31,7 @@ class Digits(Dataset[tuple[Any, int]]):
 
     Args:
         split: ``train`` (or ``training``), or a name of the held-out part: ``validation``, ``val``, ``test``, ...
-        input_img_mode: PIL mode of the images, ``RGB`` or ``L`` for one channel.
+        input_img_mode: PIL mode of the images, ``RGB``, ``L`` for one channel, or another 8-bit mode.
         transform: Applied to the image; ``timm.data.create_loader`` sets it.
 
     Raises:
@@ -63,7 +64,7 @@ class Digits(Dataset[tuple[Any, int]]):
 
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
         self.images = [
-            Image.fromarray(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert(input_img_mode)
+            convert_image(Image.fromarray(image).resize((IMAGE_SIZE,) * 2, Image.Resampling.BICUBIC), input_img_mode)
             for image in grey
         ]
         self.targets: list[int] = targets[chosen].tolist()

@@ -28,8 +28,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-num-samples", default=None, type=int, metavar="N", help="training samples of an iterable dataset")
     add("--val-num-samples", default=None, type=int, metavar="N", help="validation samples of an iterable dataset")
     add("--dataset-download", action="store_true", help="let torch/ and tfds/ datasets download themselves")
-    add("--class-map", default="", metavar="FILE", help="file that maps class names to indices")
-    add("--input-img-mode", default=None, type=str, metavar="MODE", help="PIL mode that images are converted to")
+    add("--class-map", default="", metavar="FILE",
+        help="class names in the order of their indices (.txt), or a dict (.pkl)")
+    add("--input-img-mode", default=None, type=str, metavar="MODE",
+        help="8-bit PIL mode that images are converted to; left out: RGB, or L for one channel")
     add("--input-key", default=None, type=str, metavar="KEY", help="name of the image field in a dataset's records")
     add("--target-key", default=None, type=str, metavar="KEY", help="name of the label field in a dataset's records")
     add("--dataset-trust-remote-code", action="store_true", help="let a Hugging Face dataset run the code it ships")

@@ -1,27 +1,22 @@
-"""timm's datasets of images, saying which file it is that does not decode, and the one way from a file to a mode.
-
-Modes of 8 bits are converted as Pillow does it, which is what timm does: palettes and CMYK become their colours, and
-parts that are transparent keep the colour that the file stores for them. Pillow cuts wider ones off at 255, so that
-16-bit images become white; here they are scaled by their range.
-"""
+"""timm's and torchvision's datasets of image files, converted by one function, saying which file cannot be used."""
 
 from __future__ import annotations
 
 import logging
 import os
 import struct
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageCms
-from timm.data import ImageDataset, IterableImageDataset
-from torch.utils.data import get_worker_info
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import Dataset
 
 from ..errors import DataError
+from .image_modes import PixelRangeError, convert_image
 from .text import one_line
 
-__all__ = ["NamedImageDataset", "NamedStream", "RangeError", "load_image", "to_mode"]
+__all__ = ["NamedImageDataset", "TorchImages", "open_image"]
 
 _logger = logging.getLogger(__name__)
 
@@ -31,10 +26,10 @@ _MAX_CONSECUTIVE = int(os.environ.get("TIMM_DATASET_MAX_RETRIES") or 10)
 
 
 class NamedImageDataset(ImageDataset):
-    """A ``timm.data.ImageDataset`` whose warnings and errors about images that do not decode name the file.
+    """A ``timm.data.ImageDataset`` of images as ``convert_image`` makes them, whose errors name the file.
 
-    As in timm, such an image is replaced by the next one, and after ten in a row (or TIMM_DATASET_MAX_RETRIES) loading
-    ends with a DataError.
+    As in timm, an image that does not decode is replaced by the next one, and after ten in a row (or
+    TIMM_DATASET_MAX_RETRIES) loading ends with a DataError. One whose values have no known range ends it at once.
 
     Args:
         dataset: The dataset to read as; its reader, mode and transforms are taken over.
@@ -57,8 +52,10 @@ class NamedImageDataset(ImageDataset):
             try:
                 image, target, *features = self._read(position)
                 break
+            except PixelRangeError as error:
+                raise DataError(f"{self._name(position)}: {error}") from error
             except _DECODE_ERRORS as error:
-                problem = f"{self.filename(position, absolute=True)} does not decode as an image ({one_line(error)})"
+                problem = f"{self._name(position)} does not decode as an image ({one_line(error)})"
                 _logger.warning(f"{problem}; the next image takes its place")
         else:
             raise DataError(f"{problem}, nor do the {_MAX_CONSECUTIVE - 1} before it")
@@ -76,127 +73,56 @@ class NamedImageDataset(ImageDataset):
             if self.load_bytes:
                 return file.read(), target, *features
             image: Image.Image = Image.open(file)
-            try:
-                image = to_mode(image, self.input_img_mode)
-            except RangeError as error:
-                raise DataError(f"{self.filename(position, absolute=True)}: {error}") from None
+            if self.input_img_mode:
+                image = convert_image(image, self.input_img_mode)
             image.load()
         return image, target, *features
 
-
-class NamedStream(IterableImageDataset):
-    """A ``timm.data.IterableImageDataset`` that says what is wrong with its samples, where timm would fail later.
-
-    Args:
-        dataset: The stream to read as; its reader and transforms are taken over.
-        what: What errors call it: the flag of the split and its value.
-        outputs: Number of the model's outputs, or None.
-    """
-
-    def __init__(self, dataset: IterableImageDataset, what: str, outputs: int | None) -> None:
-        super().__init__(
-            root=None, reader=dataset.reader, transform=dataset.transform, target_transform=dataset.target_transform
-        )
-        self.what = what
-        self.outputs = outputs
-        self.mode: str = getattr(dataset.reader, "input_img_mode", "RGB")
-        if hasattr(dataset.reader, "input_img_mode"):
-            dataset.reader.input_img_mode = ""  # converted here
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        count = 0
-        try:
-            for image, target in self.reader:
-                count += 1
-                if isinstance(target, int) and self.outputs is not None and target >= self.outputs:
-                    raise DataError(
-                        f"{self.what}: a sample of class {target}, but the model has {self.outputs} outputs; expected "
-                        f"--num-classes {target + 1} or more"
-                    )
-                if isinstance(image, Image.Image):
-                    image = to_mode(image, self.mode)
-                image = image if self.transform is None else self.transform(image)
-                yield image, target if self.target_transform is None else self.target_transform(target)
-        except RangeError as error:
-            raise DataError(f"{self.what}: sample {count}: {error}") from None
-        except KeyError as error:
-            raise DataError(f"{self.what}: {error} is a class or key that --class-map or the samples do not have; "
-                            "expected --class-map, --input-key and --target-key that fit the stream") from error
-        except (TypeError, ValueError) as error:  # timm's reader gives up on keys that samples do not have
-            raise DataError(f"{self.what}: sample {count + 1} cannot be read ({one_line(error)})") from error
-        if not count and not self._is_spare_worker():
-            keys = getattr(self.reader, "input_key", "")
-            raise DataError(f"{self.what}: no sample in the stream; expected shards that exist, and samples with "
-                            f"{keys or 'images'} (--input-key) and their labels (--target-key)")
-
-    def _is_spare_worker(self) -> bool:
-        """Whether other workers may have all of the shards."""
-        return get_worker_info() is not None and getattr(self.reader, "global_num_workers", 1) > 1
+    def _name(self, position: int) -> str:
+        return self.filename(position, absolute=True) or f"image {position}"  # which may have come without a path
 
 
-def load_image(path: str, mode: str) -> Image.Image:
-    """The image of a file, for torchvision's folder datasets.
-
-    Raises:
-        DataError: Its range of values is not known.
-    """
-    with open(path, "rb") as file:
-        image = Image.open(file)
-        try:
-            return to_mode(image, mode)
-        except RangeError as error:
-            raise DataError(f"{path}: {error}") from None
-
-
-def to_mode(image: Image.Image, mode: str | None) -> Image.Image:
-    """The image in a mode, such as ``RGB`` or ``L``.
-
-    16-bit values are scaled from 0..65535 to 0..255, floating-point ones from 0..1. Integers of 32 bits are what Pillow
-    makes of some 16-bit files, and are taken as such where they fit.
+class TorchImages(Dataset[tuple[Any, Any]]):
+    """A torchvision dataset of images as ``convert_image`` makes them; by itself, it makes RGB or leaves them alone.
 
     Args:
-        image: As opened.
-        mode: Of 8 bits per channel, or empty to leave the image as it is.
+        dataset: Without transforms. If it reads files by its attribute ``loader``, that is replaced.
+        mode: PIL mode of the images.
+
+    Attributes:
+        reader: The dataset; its classes and labels are found there, as those of timm's datasets.
+        transform: Applied to images; ``timm.data.create_loader`` sets it.
+    """
+
+    def __init__(self, dataset: Any, mode: str) -> None:
+        if hasattr(dataset, "loader"):
+            dataset.loader = partial(open_image, mode=mode)
+        self.reader = dataset
+        self.mode = mode
+        self.transform: Any = None
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, target = self.reader[index]
+        try:
+            image = convert_image(image, self.mode)
+        except PixelRangeError as error:
+            raise DataError(f"image {index} of {type(self.reader).__name__}: {error}") from error
+        return (image if self.transform is None else self.transform(image)), target
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+
+def open_image(path: str, mode: str) -> Image.Image:
+    """Read a file as ``convert_image`` makes it.
 
     Raises:
-        RangeError: Values of 32 bits that are in no such range.
+        DataError: Naming the file, if it does not decode or its values have no known range.
     """
-    if not mode:
-        return image
-    if mode in _EIGHT_BITS and image.mode in _WIDE:
-        image = _eight_bits(image)
-    elif image.mode == "P" and "transparency" in image.info and mode in ("RGB", "L"):
-        image = image.convert("RGBA").convert("RGB")  # the same colours, without Pillow's warning
-    elif image.mode in ("LAB", "PA", "La", "RGBa") and mode in _EIGHT_BITS:
-        image = _through_another_mode(image)
-    return image.convert(mode)
-
-
-class RangeError(Exception):
-    """Nothing says what the values of an image mean."""
-
-
-_EIGHT_BITS = ("L", "RGB", "RGBA", "LA")
-_WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    if values.dtype.kind != "f":
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            raise RangeError(f"32-bit integers from {low} to {high}, whose range is not known; expected 8 or 16 bits")
-        return Image.fromarray(np.round(values.astype(np.float64) * (255 / 65535)).astype(np.uint8))
-    least, most = float(values.min()), float(values.max())
-    if not (least >= 0 and most <= 1):
-        raise RangeError(f"floating-point values from {least:g} to {most:g}, whose range is not known; expected 0 to 1")
-    return Image.fromarray(np.round(values.astype(np.float64) * 255).astype(np.uint8))
-
-
-def _through_another_mode(image: Image.Image) -> Image.Image:
-    if image.mode == "LAB":
-        profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-        assert converted is not None  # it is not done in place
-        return converted
-    return image.convert({"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}[image.mode])
+    try:
+        with open(path, "rb") as file:
+            return convert_image(Image.open(file), mode)
+    except PixelRangeError as error:
+        raise DataError(f"{path}: {error}") from error
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{path} does not decode as an image ({one_line(error)})") from error

@@ -16,9 +16,10 @@ from ..errors import UsageError
 from .cache import BatchAugmentation, CachedLoader
 from .data_check import dataset_kind
 from .random_state import randomness_kept
+from .streams import check_workers
 from .text import mistakes_in_one_line
 
-__all__ = ["create_loaders"]
+__all__ = ["check_first_image", "create_loaders"]
 
 
 def create_loaders(
@@ -68,7 +69,11 @@ def create_loaders(
         interpolation = data_config["interpolation"]
     padded = args.crop_padding is not None and not args.no_aug
     if padded:
-        _check_image_size(dataset_train, data_config["input_size"])
+        with mistakes_in_one_line("--train-split: its first image cannot be used"):
+            _check_image_size(dataset_train, data_config["input_size"])
+    if dataset_kind(args) == "wds":
+        check_workers(f"--train-split {args.train_split}", dataset_train.reader, workers=args.workers,
+                      processes=args.world_size if args.distributed else 1)
     with mistakes_in_one_line("augmentation and loader flags (--aa, --remode, --train-img-sizes, ...)"):
         loader_train = create_loader(
             dataset_train,
@@ -120,8 +125,9 @@ def create_loaders(
         )
     if args.tta > 1 and dataset_eval is not None and (per_batch % args.tta or len(dataset_eval) % args.tta):
         raise UsageError(f"--tta {args.tta}: must divide the validation batch size, {per_batch}, and the images")
-    _check_first_image(args, dataset_train, "--train-split", data_config["input_size"][0])
-    _check_first_image(args, dataset_eval, "--val-split", data_config["input_size"][0])
+    splits = {"--train-split": dataset_train, "--val-split": dataset_eval, "--test-split": dataset_test}
+    for flag, dataset in splits.items():
+        check_first_image(args, dataset, flag, data_config["input_size"][0])
     if args.cache_images:
         augment = None
         if padded:
@@ -150,11 +156,15 @@ def _scheduled_size_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check_first_image(args: argparse.Namespace, dataset: Any, split_flag: str, channels: int) -> None:
-    """Try the transforms on one image, drawing nothing: many a value is found wrong only there."""
+def check_first_image(args: argparse.Namespace, dataset: Any, split_flag: str, channels: int) -> None:
+    """Try the transforms on one image, drawing nothing: many a value is found wrong only there.
+
+    Raises:
+        UsageError: The image cannot be read or transformed, or does not have so many channels.
+    """
     if isinstance(dataset, IterableDataset) or dataset is None or args.train_img_sizes is not None:
         return
-    with randomness_kept(), mistakes_in_one_line(f"{split_flag}: its first image cannot be transformed"):
+    with randomness_kept(), mistakes_in_one_line(f"{split_flag}: its first image cannot be used"):
         shape: Sequence[int] = getattr(dataset[0][0], "shape", ())
     if len(shape) == 3 and shape[0] != channels:
         raise UsageError(f"--input-img-mode {args.input_img_mode}: gives images of {shape[0]} channels, expected "

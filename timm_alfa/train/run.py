@@ -20,7 +20,7 @@ from timm.utils.distributed import world_info_from_env
 
 from ..dryrun import dry_run
 from ..environment import describe_run
-from ..errors import DataError, NonFiniteError, UsageError, end_without_reader
+from ..errors import DataError, NonFiniteError, UsageError, data_problem, end_without_reader
 from ..export import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint
 from ..ranks import leave_group
 from ..report.plot import draw
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error), code=2)
     except (CheckpointError, NonFiniteError) as error:
         _fail(str(error), code=1)
-    except DataError as error:  # a loader's worker process puts its traceback before the message
-        _fail(str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: "), code=1)
+    except DataError as error:
+        _fail(data_problem(error), code=1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -292,8 +292,5 @@ def _export(plan: Plan, folder: Path) -> None:
     source = best_checkpoint(folder)
     if source is not None:
         model = utils.unwrap_model(plan.run.task.get_eval_model())
-        export_checkpoint(
-            source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config,
-            label_names=plan.label_names,
-        )
+        export_checkpoint(source, model, folder, use_ema=plan.run.args.model_ema, data_config=plan.data_config)
         _logger.info(f"Checkpoints, summary.csv, args.yaml and {WEIGHTS_FILE} (of {source.name}) are in {folder}")

@@ -119,6 +119,9 @@ def split_indices(
 
 def class_indices(dataset: Any) -> np.ndarray | None:
     """Class of every item [N] as timm's readers and torchvision's datasets list them; None where they do not."""
+    if isinstance(dataset, Part):
+        whole = class_indices(dataset.dataset)
+        return None if whole is None else whole[dataset.indices]
     source = getattr(dataset, "reader", dataset)
     labels = getattr(source, "targets", None)  # torchvision, timm's folders of .tar files, digits
     if labels is None and hasattr(source, "samples"):  # timm's folders: (file, class)
