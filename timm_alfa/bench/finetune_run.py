@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.data import Mixup
@@ -157,10 +158,11 @@ class Trainer:
 
     def _fresh(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model = timm.create_model(self.setting.model)
+        model: Any = timm.create_model(self.setting.model)
         model.load_state_dict(self.weights)
         model.reset_classifier(len(self.train.classes))
-        return model.to(self.device, memory_format=torch.channels_last).train()
+        built: nn.Module = model.to(self.device, memory_format=torch.channels_last).train()
+        return built
 
     def _train(self, arm: Arm, model: nn.Module, batches: Batches, seed: int) -> tuple[float, nn.Module]:
         count, setting = len(batches.labels), self.setting
@@ -177,6 +179,7 @@ class Trainer:
         backward = _backward(arm, model, criterion)
         average = ModelEmaV3(model, decay=0.98, use_warmup=True) if arm.ema else None
         torch.manual_seed(1000 + seed)
+        np.random.seed(1000 + seed)  # what Mixup draws from
         order = torch.empty(0, dtype=torch.int64)
         recent: list[Tensor] = []
         for step in range(total):
