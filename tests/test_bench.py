@@ -326,7 +326,7 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("timm_alfa.bench", run_name="__main__")
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "usage: python -m timm_alfa.bench {step,loop,loader,paper} ...\n"
+    assert capsys.readouterr().err == "usage: python -m timm_alfa.bench {step,loop,loader,paper,finetune} ...\n"
 
 
 def test_help_has_a_line_per_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,4 +335,4 @@ def test_help_has_a_line_per_command(capsys: pytest.CaptureFixture[str], monkeyp
     usage, blank, *lines = capsys.readouterr().out.splitlines()
     assert usage.startswith("usage: ")
     assert blank == ""
-    assert [line.split(":")[0].split()[-1] for line in lines] == ["step", "loop", "loader", "paper"]
+    assert [line.split(":")[0].split()[-1] for line in lines] == ["step", "loop", "loader", "paper", "finetune"]
