@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -260,3 +262,27 @@ def test_moved(draw: Callable[[], float]) -> None:
     assert not any(moved(state, source.get()) for state, source in zip(before, sources, strict=True))
     draw()
     assert sum(moved(state, source.get()) for state, source in zip(before, sources, strict=True)) == 1
+
+
+class _Owner(Small):
+    """Draws from a generator of its own, which is copied with it, and from Python's."""
+
+    def __init__(self) -> None:
+        super().__init__(drop=0.0)
+        self.own = random.Random(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x * (0.5 + self.own.random()) * (0.5 + random.random()))
+        return x * (0.5 + self.own.random()) * (0.5 + random.random())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda alfa: pickle.loads(pickle.dumps(alfa))])
+def test_a_copy_draws_from_its_own_generators(again: Callable[[Any], Any]) -> None:
+    images, target = batch(8)
+    alfa = AlfaWrapper(_Owner().double().train(), F.cross_entropy, "block", alpha=1e-12)
+    alfa(images, target)
+    other = again(alfa)
+    before = alfa.module.own.getstate()
+    output = other(images, target)
+    torch.testing.assert_close(output.adv_outputs["block"], output.output, rtol=1e-9, atol=0)
+    assert alfa.module.own.getstate() == before

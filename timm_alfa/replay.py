@@ -166,6 +166,10 @@ class Replay:
         self._writes_input: bool | None = None  # the model, into what it is given; the first pass shows it
         allow_second_walks()  # parts may be compiled later, too
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has generators of its own, which its first pass finds."""
+        return {**self.__dict__, "_sources": None, "_drawn_from": ()}
+
     def record(
             self,
             args: tuple[Any, ...],
