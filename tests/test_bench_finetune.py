@@ -51,6 +51,12 @@ def test_arms() -> None:
     assert Arm.parse("plain") == Arm(name="plain")
 
 
+def test_arms_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "arms.txt").write_text("plain\nalfa:block=@last,alpha=2%\n")
+    args = finetune.build_parser().parse_args(["--arms", f"@{tmp_path}/arms.txt", "--n", "250"])
+    assert (args.arms, args.n) == (["plain", "alfa:block=@last,alpha=2%"], [250])
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("advprop", "expected plain, alfa"), ("alfa:blok=x", "'blok=x' is none of block="), ("alfa:block", "none of"),
     ("alfa:alpha=2 %", "2 %"), ("alfa:steps=two", "two"), ("plain:name=x", "'name=x' is none of"),

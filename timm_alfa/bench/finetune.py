@@ -30,7 +30,8 @@ RUNS_FILE = "runs.jsonl"
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m timm_alfa.bench finetune", description="Fine-tune on little data, arm by arm."
+        prog="python -m timm_alfa.bench finetune", description="Fine-tune on little data, arm by arm.",
+        fromfile_prefix_chars="@",
     )
     add = parser.add_argument
     add("--model", default="tf_efficientnet_lite0", help="timm model (default: tf_efficientnet_lite0)")
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data-dir", default="data", metavar="DIR", help="image folder, with or without splits")
     add("--train-split", default="", metavar="NAME", help="folder in it to draw training images from")
     add("--test-split", default="", metavar="NAME", help="folder in it to test on (default: what was not drawn)")
-    add("--arms", nargs="+", default=["plain", "alfa"], metavar="ARM", help="such as alfa:block=blocks.4,alpha=2%%")
+    add("--arms", nargs="+", default=["plain", "alfa"], metavar="ARM", help="such as alfa:block=blocks.4,alpha=2%%, or @FILE with one a line")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
     add("--n", nargs="+", type=int, default=[500], metavar="N", help="training images (default: 500)")
     add("--evaluate-on", choices=("validation", "test"), default="validation",
