@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, list_blocks, resolve_blocks
-from timm_alfa.replay import Replay
+from timm_alfa.engine.replay import Replay
 
 # By family: the cheapest model of each of timm 1.0.31's model modules, at the smallest input that it runs at. Options
 # are small where the model's own numbers would be out of proportion: fewer layers, each of them as it is.

@@ -12,7 +12,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 from toys import Small, batch
 
-from timm_alfa import cli
+from timm_alfa.tasks import registry
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
@@ -27,16 +27,16 @@ def small(drop: float = 0.3) -> nn.Module:
 def checked(*argv: str) -> argparse.Namespace:
     """The namespace of a checked command line."""
     parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
+    registry.add_arguments(parser)
     args = parser.parse_args(argv)
-    cli.check_arguments(args)
+    registry.check_arguments(args)
     args.mean, args.std = list(MEAN), list(STD)
     return args
 
 
 def task_from(model: nn.Module, *argv: str) -> ClassificationTask:
     """What the training command would build."""
-    return cli.create_task(
+    return registry.create_task(
         checked(*argv), model, nn.CrossEntropyLoss(), device=torch.device("cpu"), dtype=None, verbose=False,
         input_size=(3, 8, 8),
     )

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from timm_alfa.atomic import duplicate_file, replace_file, write_file
+from timm_alfa.utils.files import duplicate_file, replace_file, write_file
 
 
 def names(folder):

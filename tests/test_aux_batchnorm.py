@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toys import Small, batch, family
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, BlockError
-from timm_alfa.aux_batchnorm import AuxBatchNorms, norms_behind
+from timm_alfa.engine.aux_batchnorm import AuxBatchNorms, norms_behind
 
 
 def _norm(kind: str) -> tuple[nn.Module, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 
-from timm_alfa.batchnorm import Statistics
+from timm_alfa.engine.batchnorm import Statistics
 
 
 class Norms(nn.Module):

@@ -24,7 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toys import Small, batch, family
 from untouched import picture
 
-from timm_alfa.bench import common, loader, loop, memory, paper, step, timing, variants
+from timm_alfa.bench import common, loader, loop, memory, step, timing, variants
+from timm_alfa.bench.paper import command as paper
 from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
 from timm_alfa.bench.variants import Variant, alfa, alfa_wrapper, l_alfa, plain, training_step

@@ -14,10 +14,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from training_images import make_image_folder
 
-from timm_alfa.bench import finetune
-from timm_alfa.bench.finetune_data import Images, draw, read_folder
-from timm_alfa.bench.finetune_report import render
-from timm_alfa.bench.finetune_run import BINS, METHODS, Arm, Batches, Setting, Trainer, evaluate
+from timm_alfa.bench.finetune import command as finetune
+from timm_alfa.bench.finetune.data import Images, draw, read_folder
+from timm_alfa.bench.finetune.report import render
+from timm_alfa.bench.finetune.run import BINS, METHODS, Arm, Batches, Setting, Trainer, evaluate
 from timm_alfa.errors import UsageError
 
 

@@ -19,15 +19,16 @@ from launch import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
-from timm_alfa.bench import paper, paper_jobs
 from timm_alfa.bench.common import run
 from timm_alfa.bench.paired import compare_pairs, t_quantile, t_within
-from timm_alfa.bench.paper_jobs import Job, append_result, read_results, run_all
-from timm_alfa.bench.paper_report import lines_of, write_report
-from timm_alfa.bench.paper_runs import TUNED, Run
-from timm_alfa.bench.paper_sheets import RUNS, SHEETS
+from timm_alfa.bench.paper import command as paper
+from timm_alfa.bench.paper import jobs as paper_jobs
+from timm_alfa.bench.paper.jobs import Job, append_result, read_results, run_all
+from timm_alfa.bench.paper.report import lines_of, write_report
+from timm_alfa.bench.paper.runs import TUNED, Run
+from timm_alfa.bench.paper.sheets import RUNS, SHEETS
 from timm_alfa.train import main as train
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import nn
 from toys import Nested, Repeated, Small
 
 from timm_alfa import BlockError, list_blocks, resolve_blocks
-from timm_alfa.blocks import blank_input, format_blocks
+from timm_alfa.blocks.resolve import blank_input, format_blocks
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from training_images import make_image_folder
 
 from timm_alfa.errors import UsageError
 from timm_alfa.train import main
-from timm_alfa.train.args import parse_args
-from timm_alfa.train.cache import BatchAugmentation, CachedLoader, read_images
-from timm_alfa.train.images import NamedImageDataset
+from timm_alfa.train.arguments.command_line import parse_args
+from timm_alfa.train.data.cache import BatchAugmentation, CachedLoader, read_images
+from timm_alfa.train.data.images import NamedImageDataset
 
 SIZE = (3, 40, 36)
 RUN = ("--model test_resnet --input-size 3 40 36 --num-classes 3 -b 4 --workers 0 --lr 0.01 --warmup-epochs 0 "

@@ -11,7 +11,7 @@ from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, NativeScaler
 
 from timm_alfa.errors import UsageError
-from timm_alfa.train.checkpoint import (
+from timm_alfa.train.checkpoints.saver import (
     CheckpointError,
     TrainCheckpointSaver,
     find_resume,

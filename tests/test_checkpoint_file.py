@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from timm_alfa.checkpoint_file import read_checkpoint
 from timm_alfa.errors import UsageError
+from timm_alfa.run_folder.checkpoint import read_checkpoint
 
 
 class Harmful:

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from timm_alfa.errors import UsageError
-from timm_alfa.train.class_map import check_same_names, read_class_map
+from timm_alfa.train.data.class_map import check_same_names, read_class_map
 
 
 @pytest.mark.parametrize("data", [

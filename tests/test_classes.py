@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from timm_alfa.errors import UsageError
-from timm_alfa.train.classes import check_trained_classes, class_to_index, label_names
-from timm_alfa.train.split import Part, class_indices
+from timm_alfa.train.data.classes import check_trained_classes, class_to_index, label_names
+from timm_alfa.train.data.split import Part, class_indices
 
 
 def dataset(class_to_idx: dict[Any, int], **others: Any) -> Any:

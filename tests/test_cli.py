@@ -12,7 +12,15 @@ from torch import nn
 from toys import Repeated
 
 from timm_alfa import AlfaTask, UsageError
-from timm_alfa.cli import DEFAULTS, add_arguments, check_arguments, create_task, describe_blocks, is_enabled, number
+from timm_alfa.tasks.registry import (
+    DEFAULTS,
+    add_arguments,
+    check_arguments,
+    create_task,
+    describe_blocks,
+    is_enabled,
+    number,
+)
 
 
 def _parse(*argv: str) -> argparse.Namespace:

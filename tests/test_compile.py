@@ -16,8 +16,8 @@ from timm.models import create_model
 from torch import Tensor, nn
 
 from timm_alfa import AlfaTask
-from timm_alfa.peers.advprop import AdvPropTask
-from timm_alfa.peers.pixels import PixelAttack
+from timm_alfa.tasks.advprop import AdvPropTask
+from timm_alfa.tasks.pixels import PixelAttack
 
 Task = AlfaTask | AdvPropTask
 pytestmark = [

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_alfa import AlfaTask, AlfaWrapper
-from timm_alfa.compiler import refuse_cuda_graphs
+from timm_alfa.engine.compiler import refuse_cuda_graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 

@@ -16,17 +16,17 @@ from PIL import Image
 from timm.data import FastCollateMixup, create_loader
 
 from timm_alfa.errors import UsageError
-from timm_alfa.train.args import build_parser
-from timm_alfa.train.classes import check_source_labels, label_names
-from timm_alfa.train.data import (
+from timm_alfa.train.arguments.command_line import build_parser
+from timm_alfa.train.checkpoints.random_state import gather_random_states, restore_random_state
+from timm_alfa.train.data.classes import check_source_labels, label_names
+from timm_alfa.train.data.datasets import (
     check_class_count,
     check_data_arguments,
     create_datasets,
     create_test_set,
     default_class_count,
 )
-from timm_alfa.train.loaders import create_loaders
-from timm_alfa.train.random_state import gather_random_states, restore_random_state
+from timm_alfa.train.data.loaders import create_loaders
 
 CONFIG = {
     "input_size": (3, 16, 16),

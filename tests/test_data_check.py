@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from timm_alfa.errors import UsageError
-from timm_alfa.train.args import build_parser
-from timm_alfa.train.data_check import check_data_arguments, data_root, dataset_kind
+from timm_alfa.train.arguments.command_line import build_parser
+from timm_alfa.train.data.check import check_data_arguments, data_root, dataset_kind
 
 
 def parse(*flags):

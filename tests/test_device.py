@@ -16,7 +16,7 @@ from timm_alfa.bench.common import run as run_bench
 from timm_alfa.errors import UsageError
 from timm_alfa.robust.command import main as robust
 from timm_alfa.train import main
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 from timm_alfa.train.device import check_device, prepare_device
 
 ABSENT = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from timm_alfa.errors import UsageError
-from timm_alfa.train.digits import HELD_OUT_SPLITS, Digits
+from timm_alfa.train.data.digits import HELD_OUT_SPLITS, Digits
 
 
 @pytest.fixture(scope="module")

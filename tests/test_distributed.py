@@ -24,7 +24,7 @@ from toys import batch
 from training_images import make_image_folder
 
 from timm_alfa import AlfaTask
-from timm_alfa.ranks import leave_group
+from timm_alfa.utils.distributed import leave_group
 
 ROOT = Path(__file__).parent.parent
 ALPHA = 0.05

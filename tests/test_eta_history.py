@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_alfa.eta_history import FILE_NAME, EtaHistory, read_history
+from timm_alfa.run_folder.eta_history import FILE_NAME, EtaHistory, read_history
 
 
 def history(*steps: int, offset: float = 0.0) -> EtaHistory:

@@ -24,9 +24,9 @@ from timm_alfa.errors import UsageError
 from timm_alfa.export.command import export_run, main
 from timm_alfa.export.onnx_file import largest_difference, missing_packages
 from timm_alfa.export.trained import read_trained_run
-from timm_alfa.flags import spell_flags
+from timm_alfa.tasks.flags import spell_flags
 from timm_alfa.train import main as train
-from timm_alfa.train.args import build_parser, parse_args
+from timm_alfa.train.arguments.command_line import build_parser, parse_args
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ from toys import Small, batch
 from training_images import make_image_folder
 
 from timm_alfa import AlfaTask, AlfaWrapper
-from timm_alfa.attack import ascend, is_finite
 from timm_alfa.errors import NonFiniteError
-from timm_alfa.ranks import leave_group
+from timm_alfa.pgd import is_finite, pgd_step
 from timm_alfa.train import main
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 from timm_alfa.train.device import Precision
 from timm_alfa.train.finite import check_weights
 from timm_alfa.train.loop import Training, train_one_epoch
+from timm_alfa.utils.distributed import leave_group
 
 BAD = [float("nan"), float("inf"), float("-inf")]
 BLOCKS = ["stem", "block"]
@@ -33,9 +33,9 @@ BLOCKS = ["stem", "block"]
 @pytest.mark.parametrize("value", BAD)
 def test_a_step_along_a_bad_gradient_is_finite(norm: Any, value: float) -> None:
     gradients = [torch.randn(3, 4), torch.randn(3, 2, 2)]
-    expected = ascend(None, gradients, alpha=0.5, norm=norm, eps=0.3)
+    expected = pgd_step(None, gradients, alpha=0.5, norm=norm, eps=0.3)
     gradients[1][1, 0, 1] = value
-    found = ascend(None, gradients, alpha=0.5, norm=norm, eps=0.3)
+    found = pgd_step(None, gradients, alpha=0.5, norm=norm, eps=0.3)
     assert all(part.isfinite().all() for part in found)
     for sample in (0, 2):
         assert all(torch.equal(one[sample], other[sample]) for one, other in zip(found, expected, strict=True))

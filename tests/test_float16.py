@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from timm_alfa.float16 import attack_gradients, is_float16
+from timm_alfa.engine.float16 import attack_gradients, is_float16
 
 
 def test_which_outputs_are_float16() -> None:

@@ -16,7 +16,7 @@ from timm_alfa import list_blocks
 from timm_alfa.bench import methods, step, variants
 from timm_alfa.bench.released import released
 from timm_alfa.bench.variants import Variant
-from timm_alfa.flop_count import count_flops, flops_of
+from timm_alfa.engine.flop_count import count_flops, flops_of
 
 BATCH = 10
 STEM, MIDDLE, HEAD = (2 * BATCH * n for n in (64 * 6 * 3 * 9, 64 * 8 * 3 * 9, 512 * 10))  # forward; two per product

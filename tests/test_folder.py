@@ -7,7 +7,7 @@ import pytest
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from timm_alfa.train.folder import FolderReader, image_types, is_hidden, list_images
+from timm_alfa.train.data.folder import FolderReader, image_types, is_hidden, list_images
 
 PATHS = ("cat/2.png", "cat/10.png", "cat/1.JPG", "group/dog10/a.png", "group/dog2/a.png", "other/cat/3.jpeg",
          "Eel/01.png", "Eel/1.png")  # fmt: skip

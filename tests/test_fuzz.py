@@ -18,7 +18,7 @@ from timm.layers import set_fast_norm
 from training_images import make_image_folder
 
 from timm_alfa.train import main
-from timm_alfa.train.args import build_parser
+from timm_alfa.train.arguments.command_line import build_parser
 
 # what a flag left out would be too expensive to try, or says where the test's own files are
 BASE = (

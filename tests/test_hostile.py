@@ -16,12 +16,12 @@ import torch
 import yaml
 from training_images import make_image_folder
 
-from timm_alfa.checkpoint_file import read_checkpoint
 from timm_alfa.errors import UsageError
 from timm_alfa.robust.command import main as robust
+from timm_alfa.run_folder.checkpoint import read_checkpoint
 from timm_alfa.train import main
-from timm_alfa.train.args import build_parser
-from timm_alfa.train.config import load_config
+from timm_alfa.train.arguments.command_line import build_parser
+from timm_alfa.train.arguments.config import load_config
 
 BASE = (
     "--model test_resnet --img-size 32 --num-classes 3 -b 10 --lr 0.01 --warmup-epochs 0 --epochs 2 --experiment run "

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from timm_alfa.train import image_modes
-from timm_alfa.train.image_modes import MODES, PixelRangeError, convert_image
+from timm_alfa.train.data import image_modes
+from timm_alfa.train.data.image_modes import MODES, PixelRangeError, convert_image
 
 VALUES = np.array([[0, 127, 128, 257, 32768, 65407, 65408, 65535]], dtype=np.uint16)
 EIGHT_BITS = [0, 0, 0, 1, 128, 255, 255, 255]  # v * 255 / 65535, rounded

@@ -10,7 +10,7 @@ from timm.data import ImageDataset
 from torchvision.datasets import DatasetFolder, FakeData, ImageFolder
 
 from timm_alfa.errors import DataError
-from timm_alfa.train.images import NamedImageDataset, TorchImages
+from timm_alfa.train.data.images import NamedImageDataset, TorchImages
 
 
 @pytest.fixture

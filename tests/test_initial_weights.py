@@ -14,7 +14,7 @@ from training_images import make_image_folder
 from timm_alfa.errors import UsageError
 from timm_alfa.robust.command import main as robust
 from timm_alfa.train import main
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 from timm_alfa.train.model import build_model
 
 VIT = "--model test_vit --num-classes 3"

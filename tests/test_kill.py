@@ -15,7 +15,7 @@ import torch
 from summaries import reproducible_summary
 from training_images import make_image_folder
 
-from timm_alfa.checkpoint_file import read_checkpoint
+from timm_alfa.run_folder.checkpoint import read_checkpoint
 
 KILLS = 20
 COMMAND = (

@@ -17,9 +17,9 @@ from toys import UNet, batch
 from training_images import make_image_folder
 
 from timm_alfa import AlfaTask, project_hyperplane
-from timm_alfa.eta_history import read_history
-from timm_alfa.ranks import leave_group
+from timm_alfa.run_folder.eta_history import read_history
 from timm_alfa.train import main
+from timm_alfa.utils.distributed import leave_group
 
 LEARN = (
     "--alfa-blocks layer2 layer3 @last --alfa-learnable --alfa-gamma 0.5 --alfa-alpha 0.05 --alfa-eta-lr 0.1 "

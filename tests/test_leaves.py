@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from toys import InPlace, Shared, Small, UNet, batch, family
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
-from timm_alfa.peers.noise import NoiseTask, NoiseWrapper
-from timm_alfa.ranks import leave_group
+from timm_alfa.tasks.noise import NoiseTask, NoiseWrapper
+from timm_alfa.utils.distributed import leave_group
 
 ALPHA = 0.02
 BLOCKS: dict[type[nn.Module], list[str]] = {

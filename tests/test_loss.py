@@ -15,7 +15,7 @@ from toys import batch
 
 from timm_alfa import AlfaLoss, AlfaOutput, AlfaTask, AlfaWrapper
 from timm_alfa.peers import AdvPropTask, FastAdvPropTask, NoiseTask, PgdTask
-from timm_alfa.peers.pixels import PixelAttack
+from timm_alfa.tasks.pixels import PixelAttack
 
 
 def criterion(output: Tensor, target: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from toys import Small, batch
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
+from timm_alfa.engine.tail_by_tail import Sweep
 from timm_alfa.errors import UsageError
-from timm_alfa.sweep import Sweep
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
+from timm_alfa.train.criterion import create_criterion, create_mixup
 from timm_alfa.train.device import Precision
 from timm_alfa.train.loop import Training, train_one_epoch
 from timm_alfa.train.model import place_model
-from timm_alfa.train.objective import create_criterion, create_mixup
 
 ALPHA = 1.0 / 255
 CLASSES = 5

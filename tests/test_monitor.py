@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import Nested, Small, batch
 
 from timm_alfa import AlfaTask, AlfaWrapper
-from timm_alfa.monitor import Monitor
+from timm_alfa.tasks.monitor import Monitor
 
 
 def monitor(**options: Any) -> Monitor:

@@ -18,10 +18,10 @@ from training_images import make_image_folder
 
 from timm_alfa.errors import UsageError
 from timm_alfa.train import main
-from timm_alfa.train.args import parse_args
-from timm_alfa.train.assemble import assemble
+from timm_alfa.train.arguments.command_line import parse_args
+from timm_alfa.train.build import assemble
+from timm_alfa.train.criterion import check_cut, create_criterion
 from timm_alfa.train.loop import train_one_epoch
-from timm_alfa.train.objective import check_cut, create_criterion
 
 RUN = "--model test_resnet --img-size 32 --num-classes 3 -b 4 --workers 0 --lr 0.01 --epochs 1 --experiment run"
 

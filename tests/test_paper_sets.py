@@ -14,7 +14,7 @@ from toys import batch
 
 import timm_alfa  # noqa: F401  # registers the CIFAR networks
 from timm_alfa import AlfaTask
-from timm_alfa.blocks import resolve_blocks
+from timm_alfa.blocks.resolve import resolve_blocks
 from timm_alfa.errors import BlockError
 
 EIGHT_OF_18 = [f"layer{stage}.{index}" for stage in (1, 2, 3, 4) for index in (0, 1)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from toys import FAMILIES, Dependent, InPlace, Nested, Shared, UNet, batch, family
 
-from timm_alfa import AlfaLoss, AlfaWrapper, attack
+from timm_alfa import AlfaLoss, AlfaWrapper, pgd
 
 TOLERANCE = 1e-9
 ALPHA = 1.0 / 255
@@ -112,13 +112,13 @@ def test_uniform_start(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.get_rng_state()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     start = {
-        block: attack.uniform(feature_of(model, images, block), eps, torch.Generator().manual_seed(5))
+        block: pgd.uniform(feature_of(model, images, block), eps, torch.Generator().manual_seed(5))
         for block in blocks
     }
     model.load_state_dict(buffers, strict=False)
     torch.set_rng_state(state)
     shapes = {parts[0].shape: parts for parts in start.values()}
-    monkeypatch.setattr(attack, "uniform", lambda features, eps, generator: list(shapes[features[0].shape]))
+    monkeypatch.setattr(pgd, "uniform", lambda features, eps, generator: list(shapes[features[0].shape]))
     check(model, images, target, blocks, steps=2, norm=norm, eps=eps, init="uniform", start=start)
 
 

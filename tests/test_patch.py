@@ -19,7 +19,7 @@ from test_train_oracle import CASES, COMMON, _weights
 from training_images import make_image_folder
 
 from timm_alfa import UsageError, train
-from timm_alfa.patch import main, patch, show_diff, unpatch
+from timm_alfa.patch.command import main, patch, show_diff, unpatch
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = Path(__file__).parent / "stand_in_train.py"

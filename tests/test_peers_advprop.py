@@ -17,7 +17,7 @@ from toys import batch, family
 
 from timm_alfa import UsageError
 from timm_alfa.peers import AdvPropTask, PixelAttack
-from timm_alfa.ranks import leave_group
+from timm_alfa.utils.distributed import leave_group
 
 
 def _task(model: nn.Module, *, eps: float = 4.0, steps: int = 2, init: Any = "zero", **options: Any) -> AdvPropTask:

@@ -17,7 +17,7 @@ from untouched import picture
 
 from timm_alfa import BlockError, UsageError
 from timm_alfa.peers import Moex, MoexTask
-from timm_alfa.peers.moex import exchange_moments
+from timm_alfa.tasks.moex import exchange_moments
 
 
 def _by_hand(feature: Tensor, order: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import batch
 
 from timm_alfa.peers import AdvPropTask, FastAdvPropTask, PgdTask, PixelAttack
-from timm_alfa.peers.pixels import other_classes
+from timm_alfa.tasks.pixels import other_classes
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 

@@ -19,9 +19,9 @@ from torch import nn
 from toys import Drawing, Small, batch
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
+from timm_alfa.engine.random_sources import Source, moved, random_sources
+from timm_alfa.engine.randomness import RandomState
 from timm_alfa.peers import AdvPropTask, PgdTask, PixelAttack
-from timm_alfa.random_sources import Source, moved, random_sources
-from timm_alfa.randomness import RandomState
 
 ALPHA = 0.05
 

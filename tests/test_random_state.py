@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from timm_alfa.ranks import leave_group
-from timm_alfa.train import random_state
-from timm_alfa.train.random_state import gather_random_states, restore_random_state
+from timm_alfa.train.checkpoints import random_state
+from timm_alfa.train.checkpoints.random_state import gather_random_states, restore_random_state
+from timm_alfa.utils.distributed import leave_group
 
 
 def draw():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from timm_alfa.randomness import RandomState
+from timm_alfa.engine.randomness import RandomState
 
 
 def test_restore_repeats_the_draws() -> None:

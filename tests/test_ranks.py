@@ -6,7 +6,7 @@ import processes
 import pytest
 import torch.distributed as dist
 
-from timm_alfa.ranks import leave_group
+from timm_alfa.utils.distributed import leave_group
 
 
 def _gather_and_leave(rank: int, folder: str) -> None:

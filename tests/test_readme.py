@@ -18,11 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from training_images import make_image_folder
 
-from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, cli
-from timm_alfa.bench import loop, paper, step
+from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
+from timm_alfa.bench import loop, step
+from timm_alfa.bench.paper import command as paper
 from timm_alfa.export import export_model
+from timm_alfa.tasks import registry
 from timm_alfa.train import main
-from timm_alfa.train.args import build_parser, parse_args
+from timm_alfa.train.arguments.command_line import build_parser, parse_args
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -135,7 +137,7 @@ def test_the_diff_applied_runs(names: dict[str, Any]):
 @pytest.mark.parametrize("command", _training_commands(), ids=" ".join)
 def test_training_command_parses(command: list[str]):
     args = parse_args(command)
-    assert cli.is_enabled(args) or args.alfa_list_blocks
+    assert registry.is_enabled(args) or args.alfa_list_blocks
 
 
 def test_paper_commands_parse():
@@ -194,17 +196,17 @@ def test_every_flag_of_alfa_is_in_the_table_with_its_default_and_argument():
     rows = re.findall(r"^\| `(--alfa-[\w-]+)` \| `(\w+)` \| (.*?) \|", README, flags=re.MULTILINE)
     table = {flag: (argument, default.strip("`")) for flag, argument, default in rows}
     switches = {"--alfa-blocks", "--alfa-learnable"}
-    assert table.keys() == {cli.flag(name) for name in cli.DEFAULTS} | switches
+    assert table.keys() == {registry.flag_name(name) for name in registry.DEFAULTS} | switches
     signatures = [inspect.signature(item).parameters for item in (AlfaTask, AlfaWrapper, AlfaLoss)]
     for flag, (argument, shown) in table.items():
         assert argument in signatures[0]
         if flag in switches:
             assert shown == "off"
             continue
-        default = cli.DEFAULTS[flag[2:].replace("-", "_")]
+        default = registry.DEFAULTS[flag[2:].replace("-", "_")]
         assert all(parameters[argument].default == default for parameters in signatures if argument in parameters)
         if isinstance(default, float):
-            assert cli.number(shown) == default
+            assert registry.number(shown) == default
         else:
             assert shown == str(default) or (default is None and shown in ("none", "all"))
 

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from timm_alfa.errors import UsageError
 from timm_alfa.recipes import find_recipe, recipe_names
 from timm_alfa.train import main
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 
 BASES = ("cifar10", "cifar100", "imagenet")
 ALPHAS = {  # in 1/255; captions of Tables 2, 3 and 5

@@ -16,7 +16,7 @@ from toys import FAMILIES, InPlace, Nested, Repeated, Shared, Small, UNet, Write
 from untouched import picture
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, BlockError, resolve_blocks
-from timm_alfa.replay import Replay
+from timm_alfa.engine.replay import Replay
 
 
 def _count_calls(model: nn.Module) -> Counter[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from timm_alfa.errors import UsageError
 from timm_alfa.report.plot import draw, main
-from timm_alfa.report.records import read_run
+from timm_alfa.run_folder.records import read_run
 
 SUMMARY = """epoch,train_loss,train_loss_clean,train_loss_adv,train_delta_l2_layer4,eval_loss,eval_top1,lr
 0,3.0,1.4,1.6,nan,1.5,40.0,0.1

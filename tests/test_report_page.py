@@ -11,7 +11,7 @@ import yaml
 from timm_alfa.report.chart import Line, line_chart
 from timm_alfa.report.page import main, write_report
 from timm_alfa.report.settings import differing_settings, split_settings
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 
 HOSTILE = '"><script>alert(1)</script>&amp;\x07'
 VOID = {"meta", "br"}

@@ -16,10 +16,11 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import StepLRScheduler
 from training_images import make_image_folder
 
-from timm_alfa.train import main, resume_flags
-from timm_alfa.train.args import build_parser, parse_args
-from timm_alfa.train.assemble import Plan, assemble, check_inputs
-from timm_alfa.train.resume_flags import FATES, Fate, settle_flags
+from timm_alfa.train import main
+from timm_alfa.train.arguments.command_line import build_parser, parse_args
+from timm_alfa.train.build import Plan, assemble, check_inputs
+from timm_alfa.train.checkpoints import resume_flags
+from timm_alfa.train.checkpoints.resume_flags import FATES, Fate, settle_flags
 
 BASE = (
     "--model test_resnet --img-size 32 --num-classes 3 -b 8 --workers 0 --opt adamw --lr 1e-3 --weight-decay 0.05 "

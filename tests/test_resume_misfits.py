@@ -17,7 +17,7 @@ from training_images import make_image_folder
 
 from timm_alfa.errors import UsageError
 from timm_alfa.train import main
-from timm_alfa.train.resume import _restore_scaler
+from timm_alfa.train.checkpoints.resume import _restore_scaler
 
 BASE = (
     "--model test_resnet --img-size 32 --num-classes 3 -b 8 --workers 0 --opt adamw --lr 1e-3 --warmup-epochs 0 "

@@ -11,7 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
-from timm_alfa.train.resume_optimizer import restore_optimizer
+from timm_alfa.train.checkpoints.resume_optimizer import restore_optimizer
 
 # they need another library, an accelerator, or a closure
 LEFT_OUT = ("fused", "bnb", "adahessian", "lbfgs")

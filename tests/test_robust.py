@@ -22,7 +22,7 @@ from timm_alfa.peers import PgdTask, PixelAttack
 from timm_alfa.robust import robust_accuracy
 from timm_alfa.robust.command import main
 from timm_alfa.train import main as train_main
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 
 EPS = 48.0  # of 255; the digits have strong contrasts
 

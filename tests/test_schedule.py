@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from timm_alfa.errors import UsageError
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 from timm_alfa.train.optim import create_schedule
 
 PER_EPOCH = 351

@@ -12,7 +12,7 @@ from reference.plain_alfa import plain_alfa
 from torch import Tensor, nn
 from toys import FAMILIES, Nested, batch, family
 
-from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, attack
+from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, pgd
 from timm_alfa.peers import NoiseTask
 from timm_alfa.sizes import Relative, describe_size, l2_norm, parse_size, rms
 
@@ -40,7 +40,7 @@ def test_rows_of_one_sample_share_a_scale() -> None:
 @pytest.mark.parametrize("shape", [(4, 6, 5, 5), (4, 5, 5, 6), (4, 7, 6), (4, 9), (4, 3, 4, 4, 4)])
 def test_delta_has_the_share_of_the_features_rms(shape: tuple[int, ...], norm: Any) -> None:
     feature, gradient = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    (delta,) = attack.ascend(None, [gradient], alpha=attack.absolute(Relative(0.02), [feature]), norm=norm)
+    (delta,) = pgd.pgd_step(None, [gradient], alpha=pgd.absolute(Relative(0.02), [feature]), norm=norm)
     share = delta.flatten(1).norm(dim=1) / feature.flatten(1).norm(dim=1)
     torch.testing.assert_close(share, torch.full((4,), 0.02, dtype=torch.float64), rtol=1e-12, atol=0)
 

@@ -18,13 +18,13 @@ from training_images import make_image_folder
 
 from timm_alfa.errors import UsageError
 from timm_alfa.train import main
-from timm_alfa.train.args import parse_args
-from timm_alfa.train.data import create_datasets
-from timm_alfa.train.data_check import check_data_arguments
-from timm_alfa.train.digits import Digits
-from timm_alfa.train.images import NamedImageDataset
-from timm_alfa.train.loaders import create_loaders
-from timm_alfa.train.split import class_indices, split_indices
+from timm_alfa.train.arguments.command_line import parse_args
+from timm_alfa.train.data.check import check_data_arguments
+from timm_alfa.train.data.datasets import create_datasets
+from timm_alfa.train.data.digits import Digits
+from timm_alfa.train.data.images import NamedImageDataset
+from timm_alfa.train.data.loaders import create_loaders
+from timm_alfa.train.data.split import class_indices, split_indices
 
 CONFIG = {"input_size": (3, 40, 36), "mean": (0.5,) * 3, "std": (0.2,) * 3, "interpolation": "bilinear",
           "crop_pct": 1.0}  # fmt: skip
@@ -91,7 +91,7 @@ def test_classes_as_datasets_list_them(images):
 
 
 def test_a_dataset_without_labels_is_refused(images, monkeypatch):
-    monkeypatch.setattr("timm_alfa.train.split.class_indices", lambda dataset: None)
+    monkeypatch.setattr("timm_alfa.train.data.split.class_indices", lambda dataset: None)
     with pytest.raises(UsageError, match="--train-fraction: --dataset  does not list its labels"):
         create_datasets(parse("--data-dir", images, "--train-fraction", 0.5), CONFIG)
 

@@ -19,9 +19,9 @@ from PIL import Image
 from timm_alfa.errors import DataError, UsageError
 from timm_alfa.robust.command import main as robust
 from timm_alfa.train import main
-from timm_alfa.train.args import build_parser
-from timm_alfa.train.data import check_class_count, check_data_arguments, create_datasets
-from timm_alfa.train.loaders import create_loaders
+from timm_alfa.train.arguments.command_line import build_parser
+from timm_alfa.train.data.datasets import check_class_count, check_data_arguments, create_datasets
+from timm_alfa.train.data.loaders import create_loaders
 
 pytest.importorskip("webdataset")  # the test extra has it
 pytestmark = pytest.mark.filterwarnings(

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toys import FAMILIES, InPlace, Nested, Shared, Small, UNet, batch, family
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
+from timm_alfa.engine.tail_by_tail import Sweep, Swept
 from timm_alfa.errors import BlockError
-from timm_alfa.sweep import Sweep, Swept
 
 TOLERANCE = 1e-9
 # family -> four blocks in the order of execution, some of them inside residual blocks or inside each other

@@ -22,7 +22,7 @@ from toys import FAMILIES, Dependent, Nested, Shared, Small, UNet, batch, family
 from untouched import picture
 
 from timm_alfa import AlfaTask
-from timm_alfa.ranks import leave_group
+from timm_alfa.utils.distributed import leave_group
 
 ALPHA = 1.0 / 255
 

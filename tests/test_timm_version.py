@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_alfa.timm_version import OLDEST_TIMM, require_timm
+from timm_alfa.utils.timm_version import OLDEST_TIMM, require_timm
 
 ROOT = Path(__file__).parent.parent
 SENTENCE = f"timm-alfa needs timm {OLDEST_TIMM} or newer, found 1.0.27: pip install --upgrade timm"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from toys import Nested, Repeated, Small
 
-from timm_alfa.trace import evaluating, trace
+from timm_alfa.engine.trace import evaluating, trace
 
 
 def test_order_shapes_calls_and_costs_by_hand() -> None:

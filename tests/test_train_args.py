@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from timm_alfa.errors import UsageError
-from timm_alfa.train.args import build_parser, parse_args
+from timm_alfa.train.arguments.command_line import build_parser, parse_args
 
 
 def _load_oracle(path: str) -> ModuleType:

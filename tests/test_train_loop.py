@@ -13,7 +13,7 @@ from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 from timm_alfa.train.device import Precision
 from timm_alfa.train.loop import Training, train_one_epoch, updates_per_epoch
 

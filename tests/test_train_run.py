@@ -22,7 +22,7 @@ from summaries import COST, read_summary, reproducible_summary
 from training_images import make_image_folder
 
 from timm_alfa.train import loop, main
-from timm_alfa.train.args import parse_args
+from timm_alfa.train.arguments.command_line import parse_args
 
 BASE = "--model test_resnet --img-size 32 --num-classes 3 -b 8 --workers 0 --opt adamw --lr 1e-3 --warmup-epochs 1"
 

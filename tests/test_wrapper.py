@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from toys import Repeated, Small, batch
 from untouched import picture
 
-from timm_alfa import AlfaLoss, AlfaOutput, AlfaWrapper, BlockError, float16
+from timm_alfa import AlfaLoss, AlfaOutput, AlfaWrapper, BlockError
+from timm_alfa.engine import float16
 
 
 def _small(**options: Any) -> tuple[Small, AlfaWrapper, Tensor, Tensor]:

@@ -15,16 +15,16 @@ features together::
 (``resnet20s``, ``resnet18_cifar``, ...) with timm.
 """
 
-from .timm_version import require_timm
+from .utils.timm_version import require_timm
 
 require_timm()
 
 from . import models
-from .blocks import BlockInfo, list_blocks, resolve_blocks
+from .blocks.resolve import BlockInfo, list_blocks, resolve_blocks
 from .errors import BlockError, UsageError
 from .eta import project_hyperplane, project_simplex
 from .loss import AlfaLoss, AlfaLossOutput
-from .task import AlfaTask
+from .tasks.alfa import AlfaTask
 from .wrapper import AlfaOutput, AlfaWrapper
 
 __version__ = "0.1.0"

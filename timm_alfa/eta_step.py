@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .eta import Eta
-from .ranks import mean_over_ranks
+from .utils.distributed import mean_over_ranks
 
 
 class EtaStepper:

@@ -12,9 +12,9 @@ from typing import Any, NoReturn, cast
 from timm.task import ClassificationTask
 from torch import nn
 
-from . import cli
 from .errors import UsageError
-from .flags import spell_flags
+from .tasks import registry
+from .tasks.flags import spell_flags
 from .train.loop import ReportingTask
 
 __all__ = ["add_arguments", "check_arguments", "epoch_metrics", "wrap_task"]
@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--method`` and the ``--alfa-*`` flags to ``parser``, without those that only ``train_alfa.py`` acts on."""
-    cli.add_arguments(parser, previews=False)
+    registry.add_arguments(parser, previews=False)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     try:
         _parse_again(args)
-        cli.check_arguments(args)
+        registry.check_arguments(args)
         if args.method != "standard":
             _refuse_conflicts(args)
     except UsageError as error:
@@ -68,7 +68,7 @@ def wrap_task(
     try:
         if type(task) is not ClassificationTask:
             raise UsageError(f"--method {args.method}: needs timm's ClassificationTask, not {type(task).__name__}")
-        wrapped = cli.create_task(
+        wrapped = registry.create_task(
             args,
             model,
             cast(nn.Module, task.criterion),
@@ -119,7 +119,7 @@ def _refuse_conflicts(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, name, None)
         if value:
-            shown = cli.flag(name) if value is True else f"{cli.flag(name)} {value}"
+            shown = registry.flag_name(name) if value is True else f"{registry.flag_name(name)} {value}"
             raise UsageError(f"{shown}: does not go with --method {args.method}; {why}")
 
 

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import attack
-from .attack import INITS, NORMS, Init, Norm
-from .aux_batchnorm import AuxBatchNorms, norms_behind
-from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
-from .blocks import blank_input, resolve_blocks
-from .compiler import is_compiled, stays_eager
+from . import pgd
+from .blocks.resolve import blank_input, resolve_blocks
+from .engine.aux_batchnorm import AuxBatchNorms, norms_behind
+from .engine.batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
+from .engine.compiler import is_compiled, stays_eager
+from .engine.float16 import attack_gradients
+from .engine.random_sources import random_sources
+from .engine.randomness import RandomState
+from .engine.replay import Feature, Recording, Replay, random_devices
+from .engine.trace import evaluating
 from .errors import BlockError
 from .eta import ETA_SETS, Eta, EtaSet
 from .eta_step import EtaStepper
-from .float16 import attack_gradients
 from .loss import scalar_loss
-from .random_sources import random_sources
-from .randomness import RandomState
-from .replay import Feature, Recording, Replay, random_devices
+from .pgd import INITS, NORMS, Init, Norm
 from .sizes import Relative, Size, checked_size
-from .trace import evaluating
 
 Gradient = Literal["full", "tail"]
 GRADIENTS: tuple[Gradient, ...] = ("full", "tail")
@@ -296,22 +296,22 @@ class AlfaWrapper(nn.Module):
                 note(found)
             return found
 
-        alpha = attack.absolute(self.alpha, feature.tensors)
-        eps = None if self.eps is None else attack.absolute(self.eps, feature.tensors)
+        alpha = pgd.absolute(self.alpha, feature.tensors)
+        eps = None if self.eps is None else pgd.absolute(self.eps, feature.tensors)
         if first_gradient is not None:
             if note is not None:
                 note(first_gradient)
-            delta = attack.ascend(None, first_gradient, alpha=alpha, norm=self.norm, eps=eps)
+            delta = pgd.pgd_step(None, first_gradient, alpha=alpha, norm=self.norm, eps=eps)
         elif self.init == "uniform":
             assert eps is not None
             generator = torch.Generator(feature.tensors[0].device)
             generator.manual_seed((torch.initial_seed() + 1_000_003 * self.passes) % 2**63)
-            delta = attack.uniform(feature.tensors, eps, generator)
+            delta = pgd.uniform(feature.tensors, eps, generator)
         else:
-            delta = attack.zeros(feature.tensors)
+            delta = pgd.zeros(feature.tensors)
         steps = self.steps - (first_gradient is not None)
         with self._statistics.kept() if self.aux is not None else nullcontext():  # only what is trained on counts
-            return attack.perturb(gradient_at, delta, steps=steps, alpha=alpha, norm=self.norm, eps=eps)
+            return pgd.pgd(gradient_at, delta, steps=steps, alpha=alpha, norm=self.norm, eps=eps)
 
     def adversarial_output(self, recording: Recording, name: str, delta: Sequence[Tensor]) -> Any:
         """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i.

@@ -1,8 +1,10 @@
 """Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader``, ``paper`` and ``finetune``."""
 import sys
 
-from . import finetune, loader, loop, paper, step
+from . import loader, loop, step
 from .common import run
+from .finetune import command as finetune
+from .paper import command as paper
 
 COMMANDS = {"step": step, "loop": loop, "loader": loader, "paper": paper, "finetune": finetune}
 USAGE = f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ..."

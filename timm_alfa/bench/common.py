@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..environment import hardware
 from ..errors import UsageError, end_without_reader
-from ..flags import spelled
+from ..run_folder.environment import hardware
+from ..tasks.flags import flag_name
 from ..train.device import check_device
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -52,7 +52,7 @@ def check_arguments(args: argparse.Namespace, *, positive: Sequence[str] = ()) -
         value = getattr(args, name)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if any(number < 1 for number in values):
-            raise UsageError(f"{spelled(name)} {' '.join(map(str, values))}: expected whole numbers of at least 1")
+            raise UsageError(f"{flag_name(name)} {' '.join(map(str, values))}: expected whole numbers of at least 1")
     check_device(args.device, given=True)
     if not timm.is_model(args.model):
         raise UsageError(f"--model {args.model}: timm has no such model")

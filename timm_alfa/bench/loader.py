@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..train.args import parse_args
-from ..train.data import check_data_arguments, create_datasets
-from ..train.loaders import create_loaders
+from ..train.arguments.command_line import parse_args
+from ..train.arguments.parser import TrainParser
+from ..train.data.datasets import check_data_arguments, create_datasets
+from ..train.data.loaders import create_loaders
 from ..train.model import build_model, resolve_preprocessing
-from ..train.parser import TrainParser
 from . import common
 
 

@@ -22,10 +22,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..errors import UsageError
-from ..train.args import parse_args
-from ..train.assemble import assemble
+from ..train.arguments.command_line import parse_args
+from ..train.arguments.parser import TrainParser
+from ..train.build import assemble
 from ..train.loop import train_one_epoch
-from ..train.parser import TrainParser
 from . import common
 from .timing import compare
 

@@ -6,7 +6,7 @@ import argparse
 
 from torch import nn
 
-from ..blocks import resolve_blocks
+from ..blocks.resolve import resolve_blocks
 from ..errors import BlockError, UsageError
 from . import variants
 from .released import released

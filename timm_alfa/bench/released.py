@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.replay import Replay, watch_outputs
 from ..errors import UsageError
-from ..replay import Replay, watch_outputs
 from .variants import CRITERION, Loss, Variant, label
 
 

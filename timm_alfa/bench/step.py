@@ -21,9 +21,9 @@ import torch
 import torch._dynamo.config
 from torch import Tensor, nn
 
+from ..engine.flop_count import count_flops
 from ..errors import BlockError, UsageError
-from ..flop_count import count_flops
-from ..train.parser import TrainParser
+from ..train.arguments.parser import TrainParser
 from . import common, methods
 from .memory import fresh_process_environment, peak_memory
 from .picture import draw_bars

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import BlockError, UsageError
 from ..loss import AlfaLoss
 from ..peers import AdvPropTask, FastAdvPropTask, Moex, MoexTask, NoiseTask, PgdTask, PixelAttack
-from ..task import AlfaTask
+from ..tasks.alfa import AlfaTask
 from ..wrapper import AlfaWrapper
 from .common import Autocast
 

@@ -14,11 +14,11 @@ from timm.models import model_entrypoint
 
 import timm_alfa
 
-from .. import cli
-from ..blocks import resolve_blocks
-from ..flags import spell_flags
-from ..train.args import build_parser
-from ..train.data_check import data_root, dataset_kind
+from ..blocks.resolve import resolve_blocks
+from ..tasks import registry
+from ..tasks.flags import spell_flags
+from ..train.arguments.command_line import build_parser
+from ..train.data.check import data_root, dataset_kind
 from .onnx_file import ONNX_FILE
 from .trained import BEST, TrainedRun
 
@@ -59,7 +59,7 @@ def command_line(args: argparse.Namespace) -> str:
     parser = build_parser()
     for left_out in _OF_THIS_MACHINE:
         setattr(shown, left_out, parser.get_default(left_out))
-    for flag, default in cli.DEFAULTS.items():  # filled in by the run, where the parser has None
+    for flag, default in registry.DEFAULTS.items():  # filled in by the run, where the parser has None
         if getattr(shown, flag) == default:
             setattr(shown, flag, None)
     if shown.method == "standard" or (shown.method == "alfa" and shown.alfa_blocks):
@@ -148,7 +148,8 @@ def _results(run: TrainedRun) -> str:
 def _training(run: TrainedRun) -> str:
     args, lines = run.args, []
     if args.method == "alfa":
-        values = {name: getattr(args, name) for name in cli.DEFAULTS if args.alfa_learnable or name not in cli.LEARNING}
+        names = [name for name in registry.DEFAULTS if args.alfa_learnable or name not in registry.LEARNING]
+        values = {name: getattr(args, name) for name in names}
         shown = ", ".join(
             f"{name.removeprefix('alfa_').replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
             for name, value in values.items() if value is not None

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..atomic import write_file
 from ..errors import UsageError
 from ..train.log import setup_logging
-from ..train.text import one_line
+from ..utils.files import write_file
+from ..utils.text import one_line
 from .card import CARD_FILE, model_card
 from .onnx_file import ONNX_DATA_FILE, ONNX_FILE, export_onnx, largest_difference, missing_packages
 from .trained import TrainedRun, read_trained_run

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from ..atomic import replace_file
+from ..utils.files import replace_file
 
 __all__ = ["ONNX_DATA_FILE", "ONNX_FILE", "export_onnx", "largest_difference", "missing_packages"]
 

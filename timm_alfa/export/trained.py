@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint_file import read_checkpoint, recorded_label_names
 from ..errors import UsageError
-from ..report.records import read_run
-from ..train.args import build_parser
-from ..train.config import load_config
-from ..train.data import default_class_count
+from ..run_folder.checkpoint import read_checkpoint, recorded_label_names
+from ..run_folder.records import read_run
+from ..train.arguments.command_line import build_parser
+from ..train.arguments.config import load_config
+from ..train.data.datasets import default_class_count
 from ..train.final_test import TEST_FILE
 from ..train.model import build_model, resolve_preprocessing
 from .weights import plain_weights

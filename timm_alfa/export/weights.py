@@ -15,8 +15,8 @@ from timm.models._hub import save_config_for_hf  # the one writer of timm's conf
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..atomic import write_file
-from ..checkpoint_file import read_checkpoint, recorded_label_names
+from ..run_folder.checkpoint import read_checkpoint, recorded_label_names
+from ..utils.files import write_file
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "export_checkpoint", "export_model", "plain_weights"]
 

@@ -9,11 +9,11 @@ Example::
     task(images, target)["loss"].backward()
 """
 
-from .advprop import AdvPropTask
-from .fast_advprop import FastAdvPropTask
-from .moex import Moex, MoexTask
-from .noise import NoiseTask
-from .pgd_at import PgdTask
-from .pixels import PixelAttack
+from ..tasks.advprop import AdvPropTask
+from ..tasks.fast_advprop import FastAdvPropTask
+from ..tasks.moex import Moex, MoexTask
+from ..tasks.noise import NoiseTask
+from ..tasks.pgd_at import PgdTask
+from ..tasks.pixels import PixelAttack
 
 __all__ = ["AdvPropTask", "FastAdvPropTask", "Moex", "MoexTask", "NoiseTask", "PgdTask", "PixelAttack"]

@@ -11,11 +11,11 @@ from importlib import resources
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from ..atomic import write_file
 from ..errors import UsageError
+from ..run_folder.records import RunRecord, read_run
+from ..utils.files import write_file
 from . import sections
 from .markup import document, element
-from .records import RunRecord, read_run
 from .sections import charts, metric_chart, number, overlay, section
 from .settings import differing_settings
 

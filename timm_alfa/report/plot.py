@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .records import RunRecord, read_run
+from ..run_folder.records import RunRecord, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from xml.etree.ElementTree import Element
 
+from ..run_folder.records import RunRecord
 from .chart import Line, line_chart
 from .markup import element
-from .records import RunRecord
 from .settings import split_settings
 
 BLUE, ORANGE, GREEN = 215, 28, 145

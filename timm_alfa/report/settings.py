@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import cli
-from ..flags import spelled
-from ..peers.methods import METHODS
-from ..train.args import parse_args
+from ..tasks import registry
+from ..tasks.flags import flag_name
+from ..tasks.methods import METHODS
+from ..train.arguments.command_line import parse_args
 
 
 def split_settings(args: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
@@ -16,7 +16,7 @@ def split_settings(args: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, s
 
     A flag of a later version, or of another script, counts as set unless its value is empty.
     """
-    defaults = vars(parse_args([])) | cli.DEFAULTS
+    defaults = vars(parse_args([])) | registry.DEFAULTS
     defaults |= {flag.name: flag.default for method in METHODS.values() for flag in method.flags}
     is_set = {
         name: value is not None and (value != defaults[name] if name in defaults else value not in (False, "", [], {}))
@@ -24,15 +24,15 @@ def split_settings(args: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, s
     }
     texts = {name: _text(value) for name, value in args.items()}
     return (
-        {spelled(str(name)): texts[name] for name in args if is_set[name]},
-        {spelled(str(name)): texts[name] for name in args if not is_set[name]},
+        {flag_name(str(name)): texts[name] for name in args if is_set[name]},
+        {flag_name(str(name)): texts[name] for name in args if not is_set[name]},
     )
 
 
 def differing_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Flags that are not the same in all runs: each run's value as text."""
     names = sorted({name for args in runs for name in args}, key=str)
-    rows = {spelled(str(name)): [_text(args.get(name)) for args in runs] for name in names}
+    rows = {flag_name(str(name)): [_text(args.get(name)) for args in runs] for name in names}
     return {name: values for name, values in rows.items() if len(set(values)) > 1}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..peers.pixels import PixelAttack
-from ..trace import evaluating
+from ..engine.trace import evaluating
+from ..tasks.pixels import PixelAttack
 
 
 def robust_accuracy(

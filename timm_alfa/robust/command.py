@@ -15,19 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_file import read_checkpoint, recorded_label_names
 from ..errors import DataError, UsageError, data_problem
 from ..export import CONFIG_FILE
-from ..flags import add_flags, fill_flags
-from ..train.args import build_parser, parse_args
-from ..train.assemble import create_seeded_model
-from ..train.classes import check_trained_classes, label_names
-from ..train.data import check_class_count, check_data_arguments, create_evaluation_set, default_class_count
+from ..run_folder.checkpoint import read_checkpoint, recorded_label_names
+from ..tasks.flags import add_flags, fill_flags
+from ..train.arguments.command_line import build_parser, parse_args
+from ..train.arguments.parser import TrainParser
+from ..train.build import create_seeded_model
+from ..train.data.classes import check_trained_classes, label_names
+from ..train.data.datasets import check_class_count, check_data_arguments, create_evaluation_set, default_class_count
+from ..train.data.loaders import check_first_image
 from ..train.device import create_precision
-from ..train.loaders import check_first_image
 from ..train.log import setup_logging
 from ..train.model import check_forward, place_model
-from ..train.parser import TrainParser
 from . import evaluation
 from .evaluation import describe, evaluate
 

@@ -11,10 +11,10 @@ import torch
 from timm.data import create_loader
 from torch import nn
 
-from ..attack import INITS
 from ..errors import UsageError
-from ..flags import Flag, above_zero, at_least_zero, fill_flags, number, refuse_flags
-from ..peers.pixels import PixelAttack
+from ..pgd import INITS
+from ..tasks.flags import Flag, above_zero, at_least_zero, fill_flags, number, refuse_flags
+from ..tasks.pixels import PixelAttack
 from .accuracy import robust_accuracy
 
 FLAGS = (

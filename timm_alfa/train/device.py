@@ -22,8 +22,8 @@ from timm.layers import set_fast_norm
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 
 from ..errors import UsageError
-from ..ranks import in_group
-from .text import one_line
+from ..utils.distributed import in_group
+from ..utils.text import one_line
 
 _logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from timm import utils
 from timm.models import clean_state_dict
 from torch import nn
 
-from ..atomic import write_file
-from ..checkpoint_file import read_checkpoint
+from ..run_folder.checkpoint import read_checkpoint
+from ..utils.files import write_file
 from .evaluate import validate
 from .loop import Training
 

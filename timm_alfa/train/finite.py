@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..attack import is_finite
 from ..errors import NonFiniteError
+from ..pgd import is_finite
 
 
 class FiniteCheck:

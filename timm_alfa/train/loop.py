@@ -17,7 +17,7 @@ from timm.task import ClassificationTask
 from torch import nn
 from torchvision.utils import save_image
 
-from .checkpoint import TrainCheckpointSaver, gather_random_states
+from .checkpoints.saver import TrainCheckpointSaver, gather_random_states
 from .device import Precision
 from .finite import FiniteCheck
 from .log import progress_bar

@@ -18,9 +18,9 @@ from torch import nn
 
 from .. import models as _registered  # noqa: F401  (importing it gives timm the CIFAR ResNets)
 from ..errors import UsageError
+from ..utils.text import mistakes_in_one_line, one_line
+from .checkpoints.initial_weights import load_initial_checkpoint, pretrained_path_checked
 from .device import Precision
-from .initial_weights import load_initial_checkpoint, pretrained_path_checked
-from .text import mistakes_in_one_line, one_line
 
 _logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 from ..errors import UsageError
-from .text import one_line
+from ..utils.text import one_line
 
 _logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import safetensors.torch
 from timm import utils
 
-from ..atomic import write_file
 from ..export import WEIGHTS_FILE
 from ..robust.evaluation import create_attack, describe, evaluate
-from .assemble import Plan
-from .output import read_record
+from ..run_folder.output import read_record
+from ..utils.files import write_file
+from .build import Plan
 
 _logger = logging.getLogger(__name__)
 

@@ -18,25 +18,25 @@ import torch
 from timm import utils
 from timm.utils.distributed import world_info_from_env
 
-from ..dryrun import dry_run
-from ..environment import describe_run
 from ..errors import DataError, NonFiniteError, UsageError, data_problem, end_without_reader
 from ..export import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint
-from ..ranks import leave_group
 from ..report.plot import draw
-from .args import parse_args
-from .assemble import Plan, assemble, check_inputs, list_blocks
-from .checkpoint import CheckpointError, TrainCheckpointSaver, gather_random_states
+from ..run_folder.environment import describe_run
+from ..run_folder.output import MetricLog, open_output, read_record, snapshot
+from ..utils.distributed import leave_group
+from ..utils.text import one_line
+from .arguments.command_line import parse_args
+from .build import Plan, assemble, check_inputs, list_blocks
+from .checkpoints.resume_flags import settle_flags
+from .checkpoints.saver import CheckpointError, TrainCheckpointSaver, gather_random_states
 from .device import lost_process
+from .dry_run import dry_run
 from .evaluate import validate
 from .final_test import TEST_FILE, best_checkpoint, test_best_checkpoint
 from .finite import check_weights
 from .log import setup_logging
 from .loop import ReportingTask, prepare_batch, train_one_epoch
-from .output import MetricLog, open_output, read_record, snapshot
-from .resume_flags import settle_flags
 from .robust import attack_exported, is_attacked
-from .text import one_line
 
 _logger = logging.getLogger(__name__)
 

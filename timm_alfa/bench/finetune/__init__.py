@@ -1,0 +1,1 @@
+"""Fine-tuning on little data: arms, runs, tables."""

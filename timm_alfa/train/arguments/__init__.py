@@ -1,0 +1,1 @@
+"""The training command's flags: parsing, configuration files, checks."""

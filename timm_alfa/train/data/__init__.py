@@ -1,0 +1,1 @@
+"""From a folder, a stream or a package to batches."""
