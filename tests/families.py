@@ -42,7 +42,17 @@ has them) and float64, over two steps with both blocks perturbed; with `AlfaWrap
 demanded, and below 1e-5 where a model computes parts in float32 whatever its dtype. Buffers agree bit for bit.
 """
 COLUMNS = (
-    "family", "model", "input", "block", "tail", "last block", "tail", "dtype", "replay", "error", "error (task)",
+    "family",
+    "model",
+    "input",
+    "block",
+    "tail",
+    "last block",
+    "tail",
+    "dtype",
+    "replay",
+    "error",
+    "error (task)",
 )
 
 
@@ -102,11 +112,16 @@ class Outcome:
         """A line of the table."""
         (middle, last), (middle_share, last_share) = self.blocks, self.tail_shares
         cells = [
-            self.family.name, f"{self.family.model}{self.family.changed}",
+            self.family.name,
+            f"{self.family.model}{self.family.changed}",
             f"{self.family.batch_size}x3x{self.family.size}x{self.family.size}",
-            f"`{middle}`", f"{middle_share:.1%}", f"`{last}`", f"{last_share:.1%}",
+            f"`{middle}`",
+            f"{middle_share:.1%}",
+            f"`{last}`",
+            f"{last_share:.1%}",
             "float64, parts float32" if self.family.single else "float64",
-            "exact" if self.exact else "DIFFERS", *(f"{error:.0e}" for error in self.errors),
+            "exact" if self.exact else "DIFFERS",
+            *(f"{error:.0e}" for error in self.errors),
         ]
         return "| " + " | ".join(cells) + " |"
 
@@ -130,7 +145,11 @@ def check(family: Family) -> Outcome:
     exact = replays_exactly(model.eval(), images, blocks)
     expected, errors = step_errors(model.double().train(), images.double(), target, blocks)
     return Outcome(
-        family, blocks, [shares[block] for block in blocks], exact, errors,
+        family,
+        blocks,
+        [shares[block] for block in blocks],
+        exact,
+        errors,
         min(float((loss - expected.clean).detach().abs()) for loss in expected.adversarial.values()),
         time.process_time() - start,
     )
@@ -158,11 +177,11 @@ def replays_exactly(model: nn.Module, images: Tensor, blocks: Sequence[str]) -> 
 
 
 def step_errors(
-        model: nn.Module,
-        images: Tensor,
-        target: Tensor,
-        blocks: Sequence[str],
-        criterion: Callable[[Any, Any], Tensor] = F.cross_entropy,
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    blocks: Sequence[str],
+    criterion: Callable[[Any, Any], Tensor] = F.cross_entropy,
 ) -> tuple[PlainResult, tuple[float, float]]:
     """The reference, and the largest errors of two steps of ``AlfaWrapper`` and of ``AlfaTask`` from the same state."""
     state, before = torch.get_rng_state(), [buffer.clone() for buffer in model.buffers()]

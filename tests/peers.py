@@ -37,7 +37,12 @@ def checked(*argv: str) -> argparse.Namespace:
 def task_from(model: nn.Module, *argv: str) -> ClassificationTask:
     """What the training command would build."""
     return registry.create_task(
-        checked(*argv), model, nn.CrossEntropyLoss(), device=torch.device("cpu"), dtype=None, verbose=False,
+        checked(*argv),
+        model,
+        nn.CrossEntropyLoss(),
+        device=torch.device("cpu"),
+        dtype=None,
+        verbose=False,
         input_size=(3, 8, 8),
     )
 
@@ -68,9 +73,9 @@ def check_life_cycle(*argv: str) -> None:
     task, optimizer = start()
     task.setup_ema(decay=0.5)
     train(task, optimizer)
-    saved = copy.deepcopy({
-        **task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True), "optimizer": optimizer.state_dict(),
-    })
+    saved = copy.deepcopy(
+        {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True), "optimizer": optimizer.state_dict()}
+    )
     assert list(saved["state_dict"]) == list(saved["state_dict_ema"]) == keys
     nn.Module.load_state_dict(small(), saved["state_dict"], strict=True)
     assert _plain(saved["task_state"])

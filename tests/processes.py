@@ -32,11 +32,11 @@ def call_ranks(function: Callable[..., object], arguments: tuple[Any, ...], coun
 
 
 def start(
-        arguments: Sequence[str],
-        log: Path,
-        *,
-        environment: dict[str, str] | None = None,
-        first: Callable[[], object] = lambda: None,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    environment: dict[str, str] | None = None,
+    first: Callable[[], object] = lambda: None,
 ) -> int:
     """Start the command and return its process id; what it prints goes to ``log``, ``first`` is called before it."""
     with _forking():
@@ -88,7 +88,8 @@ def start_ranks(arguments: Sequence[str], log: Path, count: int) -> list[int]:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     return [
         start(
-            arguments, log.with_name(f"{log.name}-{rank}"),
+            arguments,
+            log.with_name(f"{log.name}-{rank}"),
             environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(count)

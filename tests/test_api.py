@@ -21,7 +21,8 @@ def public_modules() -> list[ModuleType]:
     """This package and those of its modules that say what is public in them, but for the training command's own."""
     names = [info.name for info in pkgutil.walk_packages(timm_alfa.__path__, "timm_alfa.")]
     modules = [
-        importlib.import_module(name) for name in names
+        importlib.import_module(name)
+        for name in names
         if not name.endswith("__main__") and not name.startswith("timm_alfa.train.")
     ]
     return [timm_alfa, *(module for module in modules if hasattr(module, "__all__"))]

@@ -224,5 +224,6 @@ def test_life_cycle_with_optimizer_ema_and_checkpoint() -> None:
     assert again.alfa.aux is not None
     assert all(torch.equal(tensor, end[name]) for name, tensor in again.alfa.aux.state_dict().items())
     task.alfa.remove()
-    assert [name for name, _ in model.named_parameters()] == [key for key in plain_keys if "running" not in key
-                                                             and "num_batches" not in key]
+    assert [name for name, _ in model.named_parameters()] == [
+        key for key in plain_keys if "running" not in key and "num_batches" not in key
+    ]

@@ -49,7 +49,10 @@ WRAPPED = {
     "both": (lambda: nn.Sequential(Normalize(), Classifier(_resnet(num_classes=0))), "1.backbone.", STAGES),
     "features only": (lambda: Classifier(_resnet(features_only=True)), "backbone.", STAGES),
     "without usable feature_info": (
-        lambda: Classifier(timm.create_model("mvitv2_tiny")), "backbone.", [f"stages.{i}" for i in range(4)]),
+        lambda: Classifier(timm.create_model("mvitv2_tiny")),
+        "backbone.",
+        [f"stages.{i}" for i in range(4)],
+    ),
     "torchvision": (lambda: Classifier(torchvision.models.resnet18()), "backbone.", STAGES[1:]),
     "one module under two names": (lambda: (lambda one: Pair(one, one))(_resnet()), "left.", STAGES),
 }
@@ -67,10 +70,16 @@ def test_the_backbones_stages(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "last", "count"),
     [
-        ("resnet18", "layer4", 4), ("efficientnet_b0", "features.7", 7), ("convnext_tiny", "features.7", 7),
-        ("vit_b_32", "encoder.layers.encoder_layer_11", 12), ("swin_t", "features.7", 5),
-        ("regnet_y_400mf", "trunk_output.block4", 4), ("shufflenet_v2_x0_5", "stage4", 3), ("maxvit_t", "blocks.3", 4),
-        ("vgg11", "features.20", 21), ("mobilenet_v3_small", "features.12", 13),
+        ("resnet18", "layer4", 4),
+        ("efficientnet_b0", "features.7", 7),
+        ("convnext_tiny", "features.7", 7),
+        ("vit_b_32", "encoder.layers.encoder_layer_11", 12),
+        ("swin_t", "features.7", 5),
+        ("regnet_y_400mf", "trunk_output.block4", 4),
+        ("shufflenet_v2_x0_5", "stage4", 3),
+        ("maxvit_t", "blocks.3", 4),
+        ("vgg11", "features.20", 21),
+        ("mobilenet_v3_small", "features.12", 13),
     ],
 )
 def test_torchvisions_models(name: str, last: str, count: int) -> None:

@@ -158,9 +158,7 @@ def test_memory_of_a_fresh_process() -> None:
 
 
 def test_step_writes_its_records(
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
@@ -170,8 +168,18 @@ def test_step_writes_its_records(
 
     monkeypatch.setattr(step, "memory_in_fresh_process", measured)
     output = tmp_path / "folder" / "cost"
-    methods = ["alfa", "alfa-wrapper", "l-alfa", "l-alfa-drawn", "released", "advprop", "fast-advprop", "noise", "moex",
-               "pgd-at"]
+    methods = [
+        "alfa",
+        "alfa-wrapper",
+        "l-alfa",
+        "l-alfa-drawn",
+        "released",
+        "advprop",
+        "fast-advprop",
+        "noise",
+        "moex",
+        "pgd-at",
+    ]
     flags = ["--methods", *methods, "--blocks", "layer3", "@last", "--steps", "1", "--output", str(output)]
     step.main([*(flag for flag in TINY if flag != "--no-memory"), *flags])
     names = [
@@ -213,8 +221,12 @@ def test_only_all_blocks_together(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     step.main([*TINY, *chosen, "--steps", "1", "3"])
     names = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[8:]]
     assert names == [
-        "L-ALFA PGD-1, 5 blocks", "L-ALFA PGD-3, 5 blocks", "L-ALFA PGD-1, 1 drawn of 5 blocks",
-        "L-ALFA PGD-3, 1 drawn of 5 blocks", "released structure PGD-1, 5 blocks", "released structure PGD-3, 5 blocks",
+        "L-ALFA PGD-1, 5 blocks",
+        "L-ALFA PGD-3, 5 blocks",
+        "L-ALFA PGD-1, 1 drawn of 5 blocks",
+        "L-ALFA PGD-3, 1 drawn of 5 blocks",
+        "released structure PGD-1, 5 blocks",
+        "released structure PGD-3, 5 blocks",
     ]
 
 

@@ -46,7 +46,14 @@ def test_draws_are_stratified_disjoint_and_by_seed() -> None:
 def test_arms() -> None:
     arm = Arm.parse("alfa:block=blocks.4,alpha=5%,steps=3,norm=l2,ema=1,lr=2e-3")
     assert (arm.method, arm.block, arm.alpha, arm.steps, arm.norm, arm.ema, arm.lr) == (
-        "alfa", "blocks.4", "5%", 3, "l2", 1, 2e-3)
+        "alfa",
+        "blocks.4",
+        "5%",
+        3,
+        "l2",
+        1,
+        2e-3,
+    )
     assert Arm.parse("noise:alpha=0.5/255").alpha == 0.5 / 255
     assert Arm.parse("plain") == Arm(name="plain")
 
@@ -57,10 +64,17 @@ def test_arms_of_a_file(tmp_path: Path) -> None:
     assert (args.arms, args.n) == (["plain", "alfa:block=@last,alpha=2%"], [250])
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("advprop", "expected plain, alfa"), ("alfa:blok=x", "'blok=x' is none of block="), ("alfa:block", "none of"),
-    ("alfa:alpha=2 %", "2 %"), ("alfa:steps=two", "two"), ("plain:name=x", "'name=x' is none of"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("advprop", "expected plain, alfa"),
+        ("alfa:blok=x", "'blok=x' is none of block="),
+        ("alfa:block", "none of"),
+        ("alfa:alpha=2 %", "2 %"),
+        ("alfa:steps=two", "two"),
+        ("plain:name=x", "'name=x' is none of"),
+    ],
+)
 def test_arms_that_are_none(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=f"--arms {text}: .*{message}"):
         Arm.parse(text)
@@ -76,9 +90,10 @@ def trainer() -> Trainer:
     return Trainer(Setting("test_efficientnet", 32, 8, 1, 2, "validation"), weights, images, None, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("settings", [
-    *METHODS, "alfa:steps=2,norm=l2,reduction=sum", "plain:smoothing=0.1,mixup=0.2,ema=1", "plain:epochs=2",
-])
+@pytest.mark.parametrize(
+    "settings",
+    [*METHODS, "alfa:steps=2,norm=l2,reduction=sum", "plain:smoothing=0.1,mixup=0.2,ema=1", "plain:epochs=2"],
+)
 def test_every_kind_of_arm_trains(trainer: Trainer, settings: str) -> None:
     run = trainer.run(Arm.parse(settings), seed=0, count=21)
     assert run["n"] == 21
@@ -118,9 +133,29 @@ def test_the_command_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureF
     weights = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
     command = [
-        "--data-dir", str(tmp_path / "images"), "--train-split", "train", "--test-split", "validation", "--n", "12",
-        "--model", "test_efficientnet", "--pretrained-path", str(weights), "--epochs", "1", "--img-size", "32",
-        "--device", "cpu", "--output", str(tmp_path / "out"), "--seeds", "0", "1",
+        "--data-dir",
+        str(tmp_path / "images"),
+        "--train-split",
+        "train",
+        "--test-split",
+        "validation",
+        "--n",
+        "12",
+        "--model",
+        "test_efficientnet",
+        "--pretrained-path",
+        str(weights),
+        "--epochs",
+        "1",
+        "--img-size",
+        "32",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "out"),
+        "--seeds",
+        "0",
+        "1",
     ]
     finetune.main([*command, "--arms", "plain"])
     path = tmp_path / "out/runs.jsonl"
@@ -139,8 +174,17 @@ def test_the_command_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_report_by_hand() -> None:
     def run(arm: str, seed: int, top1: float, **other: Any) -> dict[str, Any]:
-        return {"arm": arm, "seed": seed, "asked": 500, "evaluated_on": "test", "top1": top1, "nll": 1.0 - top1 / 100,
-                "ece": 5.0, "seconds": 2.0, **other}
+        return {
+            "arm": arm,
+            "seed": seed,
+            "asked": 500,
+            "evaluated_on": "test",
+            "top1": top1,
+            "nll": 1.0 - top1 / 100,
+            "ece": 5.0,
+            "seconds": 2.0,
+            **other,
+        }
 
     runs = [run("plain", 0, 60.0), run("plain", 1, 62.0), run("alfa", 0, 63.0), run("alfa", 1, 64.0)]
     text = render(json.loads(json.dumps(runs)), "plain")

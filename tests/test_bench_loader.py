@@ -30,12 +30,15 @@ def test_preprocessing_is_that_of_training(tmp_path: Path):
         loader.main([*FLAGS.split(), "--data-dir", str(images), "--mean", "0.1", "0.2"])
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--rounds 0", "--rounds 0: expected a whole number of at least 1"),
-    ("--data-dir nowhere", "--cache-images: cannot resize images anew"),
-    ("--data-dir nowhere --no-aug", "--data-dir nowhere: no such folder"),
-    ("--roundz 3", "unrecognized arguments: --roundz"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rounds 0", "--rounds 0: expected a whole number of at least 1"),
+        ("--data-dir nowhere", "--cache-images: cannot resize images anew"),
+        ("--data-dir nowhere --no-aug", "--data-dir nowhere: no such folder"),
+        ("--roundz 3", "unrecognized arguments: --roundz"),
+    ],
+)
 def test_mistakes(flags: str, message: str):
     with pytest.raises(UsageError, match=message):
         loader.main(flags.split())

@@ -85,12 +85,15 @@ def test_every_run_is_a_command(name: str):
         assert args.method == "standard"
 
 
-@pytest.mark.parametrize(("name", "epochs", "expected"), [
-    ("cifar10-resnet20s", None, ""),
-    ("cifar10-resnet20s", 30, "--epochs 30 --decay-milestones 8 22 --warmup-updates 30"),
-    ("cifar10-resnet20s", 1, "--epochs 1 --decay-milestones 1 2 --warmup-updates 1"),
-    ("imagenet-resnet50", 45, "--epochs 45 --decay-epochs 15"),
-])
+@pytest.mark.parametrize(
+    ("name", "epochs", "expected"),
+    [
+        ("cifar10-resnet20s", None, ""),
+        ("cifar10-resnet20s", 30, "--epochs 30 --decay-milestones 8 22 --warmup-updates 30"),
+        ("cifar10-resnet20s", 1, "--epochs 1 --decay-milestones 1 2 --warmup-updates 1"),
+        ("imagenet-resnet50", 45, "--epochs 45 --decay-epochs 15"),
+    ],
+)
 def test_schedules_are_scaled_in_proportion(name: str, epochs: int | None, expected: str):
     assert " ".join(paper.scaled_schedule(RUNS[name], epochs)) == expected
 
@@ -109,23 +112,34 @@ def test_list_prints_commands_that_can_be_run(images: Path, capsys: pytest.Captu
     assert args.alfa_steps == 5
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--table 2 --only none*", "--only none*: none of the runs has such a name"),
-    ("--table 3 --data-dir x", "--data-dir x: the runs need several datasets; say which it is: cifar100=DIR imagenet"),
-    ("--table 2 --data-dir mnist=x", "--data-dir mnist=x: expected cifar10=DIR, cifar100=DIR or imagenet=DIR"),
-    ("--table 2", "--data-dir: cifar10 is missing, expected cifar10=DIR"),
-    ("--table 2 --data-dir nowhere", "--data-dir cifar10=nowhere: expected a folder 'train' of images per class in it, "
-                                     "or torchvision's cifar-10-batches-py"),
-    ("--table 2 --jobs 0", "--jobs 0: expected a whole number of at least 1"),
-    ("--table 2 --list -- --epoch-s 3", "unrecognized arguments: --epoch-s (nearest: --epochs"),
-    ("--table 2 --list -- --test-split=", "--test-split '': the runs' results are those of the test split"),
-    ("--report --output nowhere", "--report: no results of these runs in nowhere"),
-    ("--table 2 --against cifar10-resnet20s-alfa", "--against cifar10-resnet20s-alfa: is for --report"),
-    ("--report --against alfa", "--against alfa: there is no such run; --list shows the names"),
-    ("--report --against cifar10-resnet20s-alfa --output nowhere",
-     "--against cifar10-resnet20s-alfa: no results of this run in nowhere"),
-    ("--table 11", "argument --table: invalid choice: '11'"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--table 2 --only none*", "--only none*: none of the runs has such a name"),
+        (
+            "--table 3 --data-dir x",
+            "--data-dir x: the runs need several datasets; say which it is: cifar100=DIR imagenet",
+        ),
+        ("--table 2 --data-dir mnist=x", "--data-dir mnist=x: expected cifar10=DIR, cifar100=DIR or imagenet=DIR"),
+        ("--table 2", "--data-dir: cifar10 is missing, expected cifar10=DIR"),
+        (
+            "--table 2 --data-dir nowhere",
+            "--data-dir cifar10=nowhere: expected a folder 'train' of images per class in it, "
+            "or torchvision's cifar-10-batches-py",
+        ),
+        ("--table 2 --jobs 0", "--jobs 0: expected a whole number of at least 1"),
+        ("--table 2 --list -- --epoch-s 3", "unrecognized arguments: --epoch-s (nearest: --epochs"),
+        ("--table 2 --list -- --test-split=", "--test-split '': the runs' results are those of the test split"),
+        ("--report --output nowhere", "--report: no results of these runs in nowhere"),
+        ("--table 2 --against cifar10-resnet20s-alfa", "--against cifar10-resnet20s-alfa: is for --report"),
+        ("--report --against alfa", "--against alfa: there is no such run; --list shows the names"),
+        (
+            "--report --against cifar10-resnet20s-alfa --output nowhere",
+            "--against cifar10-resnet20s-alfa: no results of this run in nowhere",
+        ),
+        ("--table 11", "argument --table: invalid choice: '11'"),
+    ],
+)
 def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         run("paper", paper.main, flags.split())
@@ -137,7 +151,8 @@ def test_what_torchvision_keeps_is_found(tmp_path: Path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     sheets = {"table 2": SHEETS["table 2"]}
     assert paper.data_folders([f"cifar10={tmp_path}"], sheets, needed=True) == {
-        "cifar10": ["--data-dir", str(tmp_path), "--dataset", "torch/cifar10"]}
+        "cifar10": ["--data-dir", str(tmp_path), "--dataset", "torch/cifar10"]
+    }
 
 
 def test_a_result_line_that_was_cut_short_is_left_out(tmp_path: Path):
@@ -196,9 +211,7 @@ def test_several_runs_at_a_time_and_none_twice(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     jobs = _jobs("a", "b")
     _stub(monkeypatch, meet=[], fail="a")
@@ -210,9 +223,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named(
 
 @pytest.mark.skipif(os.name != "posix", reason="the lock is a POSIX one")
 def test_a_run_that_another_program_trains_is_left_alone(
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (job,) = _jobs("a")
     _stub(monkeypatch, meet=[])
@@ -253,8 +264,12 @@ def test_lines_pair_seeds_and_keep_the_papers_numbers():
 @pytest.mark.parametrize("key", ["controls", "table 2"])
 def test_gains_over_a_control(key: str):
     base = "cifar10-resnet20s"
-    top1 = {base: (80.0, 81.0), f"{base}-alfa": (81.5, 82.0), f"{base}-alfa-delta0": (81.0, 81.0),
-            "cifar10-resnet56s": (90.0, 90.0)}
+    top1 = {
+        base: (80.0, 81.0),
+        f"{base}-alfa": (81.5, 82.0),
+        f"{base}-alfa-delta0": (81.0, 81.0),
+        "cifar10-resnet56s": (90.0, 90.0),
+    }
     records = [_record(name, seed, value) for name, values in top1.items() for seed, value in enumerate(values)]
     sheet = SHEETS[key]
     lines = zip(sheet.rows, lines_of(sheet, records, against=RUNS[f"{base}-alfa-delta0"]), strict=True)
@@ -287,7 +302,7 @@ def test_the_report_separates_settings(tmp_path: Path):
 
 @pytest.mark.parametrize(("top1", "shown"), [(80.0, True), (40.0, False)])
 def test_pictures_show_the_papers_numbers_where_they_are_near(
-        top1: float, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    top1: float, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))

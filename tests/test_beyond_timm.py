@@ -48,8 +48,13 @@ def check(model: nn.Module, images: Tensor, target: Tensor, blocks: list[str], c
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers(name: str) -> None:
     options, size, blocks = CLASSIFIERS[name]
-    check(tv.get_model(name, weights=None, num_classes=10, **options), torch.randn(2, 3, size, size),
-          torch.tensor([1, 7]), blocks, lists_logits)
+    check(
+        tv.get_model(name, weights=None, num_classes=10, **options),
+        torch.randn(2, 3, size, size),
+        torch.tensor([1, 7]),
+        blocks,
+        lists_logits,
+    )
 
 
 @pytest.mark.slow
@@ -67,7 +72,11 @@ def test_segmentation(name: str, blocks: list[str]) -> None:
 
 def test_a_plain_sequence() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.2), nn.Flatten(),
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.2),
+        nn.Flatten(),
         nn.Linear(8 * 49, 10),
     )
     check(model, torch.randn(4, 3, 16, 16), torch.arange(4), ["1", "3"], F.cross_entropy)

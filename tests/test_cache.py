@@ -44,9 +44,16 @@ def draw(seed: int, loader) -> list:
     return [batch for _ in range(2) for batch in loader]
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"is_training": False}, {"re_prob": 0.9, "re_mode": "rand"}, {"img_dtype": torch.bfloat16}, {"num_workers": 1},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_training": False},
+        {"re_prob": 0.9, "re_mode": "rand"},
+        {"img_dtype": torch.bfloat16},
+        {"num_workers": 1},
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # python 3.12 on the loader's workers
 def test_without_augmentation_batches_are_those_of_timm(images, options):
     loader = timm_loader(images, **options)
@@ -139,18 +146,21 @@ def test_more_images_than_memory(images, monkeypatch):
         CachedLoader(timm_loader(images))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("", "--cache-images: cannot resize images anew each time; add --crop-padding, or --no-aug"),
-    ("--crop-padding 4", "--color-jitter 0.4: does not go with --cache-images; add --color-jitter 0"),
-    ("--crop-padding 4 --color-jitter 0 --aa rand-m9", "--aa rand-m9: does not go with --cache-images"),
-    ("--crop-padding 4 --color-jitter 0 --grayscale-prob 0.1", "--grayscale-prob 0.1: does not go with"),
-    ("--crop-padding 4 --color-jitter 0 --gaussian-blur-prob 0.1", "--gaussian-blur-prob 0.1: does not go with"),
-    ("--no-aug --aug-repeats 3", "--aug-repeats 3.0: does not go with --cache-images"),
-    ("--no-aug --train-img-sizes 32 64", "--train-img-sizes 32 64: does not go with --cache-images"),
-    ("--no-aug --no-prefetcher", "--no-prefetcher: does not go with --cache-images"),
-    ("--no-aug --use-multi-epochs-loader", "--use-multi-epochs-loader: does not go with --cache-images"),
-    ("--no-aug --dataset wds/x", "--cache-images: --dataset wds/x is a stream"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--cache-images: cannot resize images anew each time; add --crop-padding, or --no-aug"),
+        ("--crop-padding 4", "--color-jitter 0.4: does not go with --cache-images; add --color-jitter 0"),
+        ("--crop-padding 4 --color-jitter 0 --aa rand-m9", "--aa rand-m9: does not go with --cache-images"),
+        ("--crop-padding 4 --color-jitter 0 --grayscale-prob 0.1", "--grayscale-prob 0.1: does not go with"),
+        ("--crop-padding 4 --color-jitter 0 --gaussian-blur-prob 0.1", "--gaussian-blur-prob 0.1: does not go with"),
+        ("--no-aug --aug-repeats 3", "--aug-repeats 3.0: does not go with --cache-images"),
+        ("--no-aug --train-img-sizes 32 64", "--train-img-sizes 32 64: does not go with --cache-images"),
+        ("--no-aug --no-prefetcher", "--no-prefetcher: does not go with --cache-images"),
+        ("--no-aug --use-multi-epochs-loader", "--use-multi-epochs-loader: does not go with --cache-images"),
+        ("--no-aug --dataset wds/x", "--cache-images: --dataset wds/x is a stream"),
+    ],
+)
 def test_flags_that_do_not_go_with_it(flags, message):
     with pytest.raises(UsageError) as caught:
         parse_args(["--cache-images", *flags.split()])
@@ -195,7 +205,7 @@ def test_two_processes_share_the_images_of_an_epoch_and_test_together(images, tm
                            crop_pct=model.pretrained_cfg["crop_pct"], device=torch.device("cpu"),
                            interpolation=model.pretrained_cfg["interpolation"], mean=model.pretrained_cfg["mean"],
                            std=model.pretrained_cfg["std"])  # fmt: skip
-    (batch, target), = loader
+    ((batch, target),) = loader
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(batch), target)
     assert tested["loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -70,7 +70,7 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("kept", [0, 1, 4, 30, 0.3, 0.6, 0.9, -100, -1])
 def test_truncated(checkpoint, kept):
     data = checkpoint.read_bytes()
-    checkpoint.write_bytes(data[:int(kept * len(data)) if isinstance(kept, float) else kept])
+    checkpoint.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
     assert "truncated, damaged" in error_of(checkpoint)
 
 
@@ -78,7 +78,7 @@ def test_flipped_bits_are_found_or_harmless(checkpoint):
     data = checkpoint.read_bytes()
     messages = []
     for offset in range(0, len(data), 101):
-        checkpoint.write_bytes(data[:offset] + bytes([data[offset] ^ 0x10]) + data[offset + 1:])
+        checkpoint.write_bytes(data[:offset] + bytes([data[offset] ^ 0x10]) + data[offset + 1 :])
         try:
             loaded = read_checkpoint(checkpoint)
         except UsageError as error:
@@ -114,14 +114,17 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, writer):
         assert "mkdir" in message
 
 
-@pytest.mark.parametrize("value", [
-    {"weight": torch.zeros(2)},
-    {"model": {"weight": torch.zeros(2)}},
-    {"state_dict": None},
-    {"state_dict": {"weight": "text"}},
-    [torch.zeros(2)],
-    torch.zeros(2),
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"weight": torch.zeros(2)},
+        {"model": {"weight": torch.zeros(2)}},
+        {"state_dict": None},
+        {"state_dict": {"weight": "text"}},
+        [torch.zeros(2)],
+        torch.zeros(2),
+    ],
+)
 def test_other_torch_files(tmp_path, value):
     torch.save(value, tmp_path / "weights.pth")
     message = error_of(tmp_path / "weights.pth")

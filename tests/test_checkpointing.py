@@ -49,9 +49,7 @@ def test_gradients_are_those_without_checkpointing(model: nn.Module, batch: tupl
 
 @pytest.mark.parametrize("how", ["wrapper", "task"])
 def test_statistics_move_as_in_a_plain_checkpointed_step(
-        model: nn.Module,
-        batch: tuple[Tensor, Tensor],
-        how: str,
+    model: nn.Module, batch: tuple[Tensor, Tensor], how: str
 ) -> None:
     plain, alfa = backward(model, batch, "plain", True), backward(model, batch, how, True)
     assert any(int(buffer) == 2 for name, buffer in plain.named_buffers() if name.endswith("num_batches_tracked"))

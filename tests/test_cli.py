@@ -37,7 +37,12 @@ def _checked(*argv: str) -> argparse.Namespace:
 
 def _task(model: nn.Module, *argv: str, size: int | None = None) -> ClassificationTask:
     return create_task(
-        _checked(*argv), model, nn.CrossEntropyLoss(), device=torch.device("cpu"), dtype=None, verbose=False,
+        _checked(*argv),
+        model,
+        nn.CrossEntropyLoss(),
+        device=torch.device("cpu"),
+        dtype=None,
+        verbose=False,
         input_size=None if size is None else (3, size, size),
     )
 
@@ -135,9 +140,27 @@ def test_unknown_choices(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_flags_reach_the_task() -> None:
     task = _task(
-        timm.create_model("test_resnet"), "--alfa-blocks", "@last", "--alfa-alpha", "1/255", "--alfa-steps", "3",
-        "--alfa-eps", "2/255", "--alfa-norm", "l2", "--alfa-init", "uniform", "--alfa-grad", "tail", "--alfa-bn",
-        "shared", "--alfa-lambda", "0.5", "--alfa-reduction", "mean",
+        timm.create_model("test_resnet"),
+        "--alfa-blocks",
+        "@last",
+        "--alfa-alpha",
+        "1/255",
+        "--alfa-steps",
+        "3",
+        "--alfa-eps",
+        "2/255",
+        "--alfa-norm",
+        "l2",
+        "--alfa-init",
+        "uniform",
+        "--alfa-grad",
+        "tail",
+        "--alfa-bn",
+        "shared",
+        "--alfa-lambda",
+        "0.5",
+        "--alfa-reduction",
+        "mean",
     )
     assert isinstance(task, AlfaTask)
     alfa, loss = task.alfa, task.objective
@@ -168,8 +191,10 @@ def test_table_of_blocks() -> None:
     marked = [line.split()[1] for line in text.splitlines() if line.startswith("> ")]
     assert marked == ["layer2.0.bn2", "layer4"]
     assert "* a stage of the backbone" in text.splitlines()[-1]
-    assert not any(line.startswith("> ") for line in describe_blocks(
-        _parse(), model, (3, 32, 32), torch.device("cpu")).splitlines())
+    assert not any(
+        line.startswith("> ")
+        for line in describe_blocks(_parse(), model, (3, 32, 32), torch.device("cpu")).splitlines()
+    )
     with pytest.raises(UsageError, match="--alfa-blocks layr4: no block is called 'layr4'"):
         describe_blocks(_parse("--alfa-blocks", "layr4"), model, (3, 32, 32), torch.device("cpu"))
 

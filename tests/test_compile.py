@@ -62,7 +62,7 @@ def test_a_residual_network_gives_the_eager_gradients(build: Callable[[nn.Module
 
 
 def _assert_compiled_equals_eager(
-        build: Callable[[nn.Module], Task], model: nn.Module, images: Tensor, target: Tensor
+    build: Callable[[nn.Module], Task], model: nn.Module, images: Tensor, target: Tensor
 ) -> None:
     expected, _ = _train(build, copy.deepcopy(model), images, target, compiled=False)
     found, graphs = _train(build, copy.deepcopy(model), images, target, compiled=True)
@@ -76,7 +76,7 @@ def _assert_compiled_equals_eager(
 
 
 def _train(
-        build: Callable[[nn.Module], Task], model: nn.Module, images: Tensor, target: Tensor, *, compiled: bool
+    build: Callable[[nn.Module], Task], model: nn.Module, images: Tensor, target: Tensor, *, compiled: bool
 ) -> tuple[nn.Module, list[int]]:
     torch.manual_seed(0)
     task = build(model)

@@ -92,13 +92,16 @@ def test_digits_need_no_other_data_flag():
     assert len(loader_eval) == 90
 
 
-@pytest.mark.parametrize(("flags", "channels", "mode"), [
-    ((), 3, "RGB"),
-    ((), 1, "L"),
-    (("--input-img-mode", "L"), 1, "L"),
-    (("--input-img-mode", "HSV"), 3, "HSV"),
-    (("--input-img-mode", "RGBA"), 4, "RGBA"),
-])
+@pytest.mark.parametrize(
+    ("flags", "channels", "mode"),
+    [
+        ((), 3, "RGB"),
+        ((), 1, "L"),
+        (("--input-img-mode", "L"), 1, "L"),
+        (("--input-img-mode", "HSV"), 3, "HSV"),
+        (("--input-img-mode", "RGBA"), 4, "RGBA"),
+    ],
+)
 def test_image_mode_follows_the_input_size(flags, channels, mode, folder):
     for source in (("--dataset", "digits"), ("--data-dir", folder)):
         train, _ = create_datasets(parse(*source, *flags), {**CONFIG, "input_size": (channels, 16, 16)})
@@ -144,12 +147,27 @@ def test_batches_are_those_of_timm(folder):
         return [batch for _ in range(2) for batch in loader]
 
     ours = batches(ours)
-    theirs = batches(create_loader(
-        create_datasets(args, CONFIG)[0], (3, 16, 16), 4, is_training=True, auto_augment="rand-m9-mstd0.5", re_prob=0.5,
-        re_mode="pixel", scale=[0.5, 1.0], ratio=[3 / 4, 4 / 3], interpolation="random", mean=CONFIG["mean"],
-        std=CONFIG["std"], num_workers=0, collate_fn=collate, device=torch.device("cpu"), grayscale_prob=None,
-        gaussian_blur_prob=None,
-    ))
+    theirs = batches(
+        create_loader(
+            create_datasets(args, CONFIG)[0],
+            (3, 16, 16),
+            4,
+            is_training=True,
+            auto_augment="rand-m9-mstd0.5",
+            re_prob=0.5,
+            re_mode="pixel",
+            scale=[0.5, 1.0],
+            ratio=[3 / 4, 4 / 3],
+            interpolation="random",
+            mean=CONFIG["mean"],
+            std=CONFIG["std"],
+            num_workers=0,
+            collate_fn=collate,
+            device=torch.device("cpu"),
+            grayscale_prob=None,
+            gaussian_blur_prob=None,
+        )
+    )
     assert len(ours) == 6
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -186,12 +204,15 @@ def test_scheduled_sizes(folder):
     assert {tuple(images.shape) for images, _ in loader} <= {(6, 3, 8, 8), (2, 3, 16, 16)}
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--aa", "nonsense"), "augmentation and loader flags .*nonsense"),
-    (("--aug-repeats", 3), "RepeatAugment"),
-    (("--train-img-sizes", 8, 16, "--train-batch-sizes", 4), "batch_size_choices"),
-    (("--batch-size", 13), r"--batch-size 13: more than the training set has .*12 images"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--aa", "nonsense"), "augmentation and loader flags .*nonsense"),
+        (("--aug-repeats", 3), "RepeatAugment"),
+        (("--train-img-sizes", 8, 16, "--train-batch-sizes", 4), "batch_size_choices"),
+        (("--batch-size", 13), r"--batch-size 13: more than the training set has .*12 images"),
+    ],
+)
 def test_loader_flags_that_timm_refuses(folder, flags, message):
     args = parse("--data-dir", folder, *flags)
     datasets = create_datasets(args, CONFIG)
@@ -220,14 +241,17 @@ def test_splits_with_other_classes(tmp_path):
         check_class_count(args, train, test, "--test-split")
 
 
-@pytest.mark.parametrize(("lines", "difference"), [
-    ("cat\ndog\neel\n", None),
-    ("\ufeffeel\r\ndog  \r\ncat\r\n\r\n", None),  # as Windows writes it
-    ("cat\ndog\n", "'eel' only in the folder"),
-    ("cat\ndog\neel\nemu\n", "'emu' only in the map"),
-    ("cat\ndgo\neel\n", "'dgo' only in the map; 'dog' only in the folder"),
-    ("ant\nbee\n", "'ant', 'bee' only in the map; 'cat', 'dog', 'eel' only in the folder"),
-])
+@pytest.mark.parametrize(
+    ("lines", "difference"),
+    [
+        ("cat\ndog\neel\n", None),
+        ("\ufeffeel\r\ndog  \r\ncat\r\n\r\n", None),  # as Windows writes it
+        ("cat\ndog\n", "'eel' only in the folder"),
+        ("cat\ndog\neel\nemu\n", "'emu' only in the map"),
+        ("cat\ndgo\neel\n", "'dgo' only in the map; 'dog' only in the folder"),
+        ("ant\nbee\n", "'ant', 'bee' only in the map; 'cat', 'dog', 'eel' only in the folder"),
+    ],
+)
 def test_a_class_map_has_the_classes_of_every_split(folder, tmp_path, lines, difference):
     (tmp_path / "map.txt").write_text(lines, encoding="utf-8", newline="")
     args = parse("--data-dir", folder, "--class-map", tmp_path / "map.txt", num_classes=3)
@@ -241,8 +265,10 @@ def test_a_class_map_has_the_classes_of_every_split(folder, tmp_path, lines, dif
         return
     with pytest.raises(UsageError) as caught:
         create_datasets(args, CONFIG)
-    assert str(caught.value) == (f"--class-map {tmp_path / 'map.txt'}: not the class folders of --train-split train: "
-                                 f"{difference}; expected the same classes")
+    assert str(caught.value) == (
+        f"--class-map {tmp_path / 'map.txt'}: not the class folders of --train-split train: "
+        f"{difference}; expected the same classes"
+    )
 
 
 def test_a_class_that_validation_lacks_ends_the_run_with_a_class_map_too(tmp_path):
@@ -376,7 +402,10 @@ def test_a_tar_file_is_read_as_a_folder_is(tmp_path, caplog):
     check_class_count(args, train, None)
     assert label_names(train) == ["cat", "dog"]
     assert [(train.filename(index), train[index][1]) for index in range(3)] == [
-        ("./cat/1.png", 0), ("dog/2.png", 1), ("dog/10.png", 1)]
+        ("./cat/1.png", 0),
+        ("dog/2.png", 1),
+        ("dog/10.png", 1),
+    ]
     assert train[2][0].getpixel((0, 0)) == (len("dog/10.png"), 0, 0)
     assert len(train) == 3
     ours = [message for message in caplog.messages if message.startswith("--train-split")]
@@ -393,14 +422,17 @@ def test_a_tar_file_is_read_as_a_folder_is(tmp_path, caplog):
         create_datasets(parse("--data-dir", root, "--val-split", "", "--class-map", "map.txt"), CONFIG)
 
 
-@pytest.mark.parametrize(("names", "message"), [
-    (["cat/1.png", "2.png"], "1 images lie in .* itself, such as 2.png"),
-    (["cat/1.png", "./2.png"], "1 images lie in .* itself, such as 2.png"),
-    (["1.png", "2.png"], "images but no class folders"),
-    (["cat/1.gif"], "no images in"),
-    (["cat/._1.png"], "no images in"),
-    (None, r"cannot be read as a \.tar file"),
-])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat/1.png", "2.png"], "1 images lie in .* itself, such as 2.png"),
+        (["cat/1.png", "./2.png"], "1 images lie in .* itself, such as 2.png"),
+        (["1.png", "2.png"], "images but no class folders"),
+        (["cat/1.gif"], "no images in"),
+        (["cat/._1.png"], "no images in"),
+        (None, r"cannot be read as a \.tar file"),
+    ],
+)
 def test_tar_files_that_cannot_be_used(tmp_path, names, message):
     root = tmp_path / "images.tar"
     if names is None:
@@ -412,11 +444,14 @@ def test_tar_files_that_cannot_be_used(tmp_path, names, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("labels", "message"), [
-    ([0, 2], "--train-split train: has labels from 0 to 2, --num-classes 2 has 0 to 1"),
-    ([-1, 1], "--train-split train: has labels from -1 to 1, --num-classes 2 has 0 to 1"),
-    (["cat", "dog"], "--train-split train: a label is 'cat', expected the index of a class"),
-])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 2], "--train-split train: has labels from 0 to 2, --num-classes 2 has 0 to 1"),
+        ([-1, 1], "--train-split train: has labels from -1 to 1, --num-classes 2 has 0 to 1"),
+        (["cat", "dog"], "--train-split train: a label is 'cat', expected the index of a class"),
+    ],
+)
 def test_labels_of_datasets_that_do_not_name_their_classes(labels, message):
     dataset = Labelled(labels)
     with pytest.raises(UsageError, match=message):
@@ -435,14 +470,17 @@ class Labelled(list):
             _source_names=dict(enumerate(names)))  # fmt: skip
 
 
-@pytest.mark.parametrize(("class_map", "names", "difference"), [
-    ({"cat": 1, "dog": 0}, ("cat", "dog"), None),
-    ({0: 1, 1: 0}, ("cat", "dog"), None),
-    ({0: 1, 1: 0}, (), None),
-    ({"cat": 1, "dgo": 0}, ("cat", "dog"), "'dgo' only in the map; 'dog' only in the dataset"),
-    ({0: 1, 2: 0}, (), "2 only in the map; 1 only in the dataset"),
-    ({"cat": 0, "dog": 1}, (), "'cat', 'dog' only in the map; 0, 1 only in the dataset"),
-])
+@pytest.mark.parametrize(
+    ("class_map", "names", "difference"),
+    [
+        ({"cat": 1, "dog": 0}, ("cat", "dog"), None),
+        ({0: 1, 1: 0}, ("cat", "dog"), None),
+        ({0: 1, 1: 0}, (), None),
+        ({"cat": 1, "dgo": 0}, ("cat", "dog"), "'dgo' only in the map; 'dog' only in the dataset"),
+        ({0: 1, 2: 0}, (), "2 only in the map; 1 only in the dataset"),
+        ({"cat": 0, "dog": 1}, (), "'cat', 'dog' only in the map; 0, 1 only in the dataset"),
+    ],
+)
 def test_a_class_map_of_a_dataset_with_labels(class_map, names, difference):
     dataset = Labelled([0, 1, 1], class_map, names)
     if difference is None:
@@ -459,12 +497,18 @@ def test_images_without_class_folders(tmp_path):
         create_datasets(args, CONFIG)
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--dataset", "torch/cifar10"), r"--dataset torch/cifar10 .* --train-split train: Dataset not found or corrupted"),
-    (("--dataset", "torch/cifar99"), "Unknown torchvision dataset cifar99"),
-    (("--dataset", "torch/imagenet"), "ILSVRC2012_devkit"),
-    (("--dataset", "torch/cifar10", "--input-key", "image"), "unexpected keyword argument 'input_key'"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--dataset", "torch/cifar10"),
+            r"--dataset torch/cifar10 .* --train-split train: Dataset not found or corrupted",
+        ),
+        (("--dataset", "torch/cifar99"), "Unknown torchvision dataset cifar99"),
+        (("--dataset", "torch/imagenet"), "ILSVRC2012_devkit"),
+        (("--dataset", "torch/cifar10", "--input-key", "image"), "unexpected keyword argument 'input_key'"),
+    ],
+)
 def test_torchvision_datasets_that_cannot_be_had(tmp_path, flags, message):
     args = parse("--data-dir", tmp_path, *flags)
     check_data_arguments(args)

@@ -29,9 +29,10 @@ def check_fails(*flags):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "kind"), [
-    ("", ""), ("digits", "digits"), ("torch/CIFAR10", "torch"), ("HFDS/owner/name", "hfds"), ("wds/", "wds"),
-])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("", ""), ("digits", "digits"), ("torch/CIFAR10", "torch"), ("HFDS/owner/name", "hfds"), ("wds/", "wds")],
+)
 def test_kind(name, kind):
     assert dataset_kind(parse("--dataset", name)) == kind
 
@@ -42,9 +43,9 @@ def test_root_is_either_flag():
     assert data_root(parse()) is None
 
 
-@pytest.mark.parametrize("splits", [
-    ("train", "val"), ("train", "validation"), ("training", "valid"), ("train", "eval"),
-])
+@pytest.mark.parametrize(
+    "splits", [("train", "val"), ("train", "validation"), ("training", "valid"), ("train", "eval")]
+)
 def test_split_folders_that_timm_finds(tmp_path, splits):
     add_images(tmp_path, *(f"{split}/cat/1.png" for split in splits))
     check_data_arguments(parse("--data-dir", tmp_path))
@@ -64,7 +65,8 @@ def test_missing_split_folder_is_not_replaced_by_the_root(tmp_path):
         "(or '' to train without validation)"
     )
     assert check_fails("--data-dir", tmp_path, "--train-split", "") == (
-        "--train-split: is empty, expected one of test, train")
+        "--train-split: is empty, expected one of test, train"
+    )
     message = check_fails("--data-dir", tmp_path, "--train-split", "trian", "--val-split", "test")
     assert message == f"--train-split trian: no such folder in {tmp_path}, expected one of test, train"
 
@@ -145,9 +147,10 @@ def test_unknown_kind(name):
     assert message in check_fails("--dataset", name, "--data-dir", ".")
 
 
-@pytest.mark.parametrize(("name", "package"), [
-    ("hfds/x", "datasets"), ("hfids/x", "datasets"), ("tfds/x", "tensorflow-datasets"), ("wds/", "webdataset"),
-])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("hfds/x", "datasets"), ("hfids/x", "datasets"), ("tfds/x", "tensorflow-datasets"), ("wds/", "webdataset")],
+)
 def test_missing_packages(monkeypatch, name, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     message = check_fails("--dataset", name, "--data-dir", ".")

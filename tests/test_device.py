@@ -55,9 +55,7 @@ def _measure_loops(arguments: Sequence[str]) -> None:
 @pytest.mark.parametrize("device", ABSENT)
 @pytest.mark.parametrize("command", [_train, _attack, _measure_steps, _measure_loops])
 def test_a_device_that_is_not_there_is_one_line(
-        command: Callable[[Sequence[str]], None],
-        device: str,
-        capsys: pytest.CaptureFixture[str],
+    command: Callable[[Sequence[str]], None], device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         command([f"--device={device}"])
@@ -113,9 +111,7 @@ def test_every_process_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("module", ["no_such_module", "", ".relative", "raises_when_imported"])
 def test_a_module_that_cannot_be_imported_is_named(
-        module: str,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "raises_when_imported.py").write_text("raise OSError('no driver')")
     monkeypatch.syspath_prepend(str(tmp_path))

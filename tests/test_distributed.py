@@ -107,8 +107,14 @@ def test_ranks_have_the_averaged_gradients_of_the_reference(tmp_path: Path, worl
             for index in range(batches):
                 strengths = dict.fromkeys(BLOCKS, 1 / 3) if name == "L-ALFA" else None
                 plain = plain_alfa(
-                    model, F.cross_entropy, *_share(rank, index), drawn[index], alpha=ALPHA, strengths=strengths,
-                    steps=OPTIONS[name].get("steps", 1), lam=len(BLOCKS) / count,
+                    model,
+                    F.cross_entropy,
+                    *_share(rank, index),
+                    drawn[index],
+                    alpha=ALPHA,
+                    strengths=strengths,
+                    steps=OPTIONS[name].get("steps", 1),
+                    lam=len(BLOCKS) / count,
                 )
                 for key, gradient in plain.gradients.items():
                     expected[key] = expected.get(key, 0) + gradient / (batches * world_size)
@@ -161,8 +167,16 @@ def test_two_nodes_train(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     launch = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two", "-m", "timm_alfa.train",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=2",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--rdzv-id=two",
+        "-m",
+        "timm_alfa.train",
     ]
     nodes = [
         subprocess.Popen(

@@ -71,7 +71,14 @@ def test_perturbations_and_gradients_by_hand() -> None:
 def learn(eta_set: Any, *, gamma: float, lr: float, steps: int = 2) -> list[Tensor]:
     """eta after each step of a model whose weights stay where they are."""
     task = AlfaTask(
-        TwoLayers(), half_square, BLOCKS, alpha=0.5, gamma=gamma, learnable=True, eta_set=eta_set, eta_lr=lr,
+        TwoLayers(),
+        half_square,
+        BLOCKS,
+        alpha=0.5,
+        gamma=gamma,
+        learnable=True,
+        eta_set=eta_set,
+        eta_lr=lr,
         verbose=False,
     )
     optimizer = torch.optim.SGD(task.parameters(), lr=0.0)

@@ -33,9 +33,11 @@ from timm_alfa.train.arguments.command_line import build_parser, parse_args
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an architecture of this package, with ALFA and an average of the weights."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ("--dataset digits --img-size 8 --model resnet20s --alfa-blocks @last --alfa-alpha 1/255 --epochs 2"
-             " --lr 0.01 --batch-size 256 --warmup-epochs 0 --workers 0"
-             " --model-ema --model-ema-decay 0.5 --val-fraction 0.2 --test-split validation --experiment a-run")
+    flags = (
+        "--dataset digits --img-size 8 --model resnet20s --alfa-blocks @last --alfa-alpha 1/255 --epochs 2"
+        " --lr 0.01 --batch-size 256 --warmup-epochs 0 --workers 0"
+        " --model-ema --model-ema-decay 0.5 --val-fraction 0.2 --test-split validation --experiment a-run"
+    )
     train([*flags.split(), "--output", str(folder)])
     return folder / "a-run"
 
@@ -45,8 +47,10 @@ def folder_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one of timm's architectures, in a bfloat16 of its own, without validation."""
     images = make_image_folder(tmp_path_factory.mktemp("images") / "flowers", train=4)
     folder = tmp_path_factory.mktemp("runs")
-    flags = ("--model test_resnet --num-classes 3 --img-size 32 --epochs 1 --batch-size 4 --lr 0.01 --workers 0"
-             " --model-dtype bfloat16 --drop 0.1 --experiment plain")
+    flags = (
+        "--model test_resnet --num-classes 3 --img-size 32 --epochs 1 --batch-size 4 --lr 0.01 --workers 0"
+        " --model-dtype bfloat16 --drop 0.1 --experiment plain"
+    )
     train([*flags.split(), "--val-split", "", "--output", str(folder), "--data-dir", str(images)])
     return folder / "plain"
 
@@ -118,8 +122,10 @@ def test_the_layout_is_what_timm_pushes_to_the_hub(digits_run: Path, tmp_path: P
 
 
 def test_grey_images_are_exported_with_the_mean_they_were_trained_with(tmp_path: Path):
-    flags = ("--dataset digits --img-size 8 --in-chans 1 --model resnet20s --epochs 1 --lr 0.01 --batch-size 256"
-             " --workers 0 --experiment grey")
+    flags = (
+        "--dataset digits --img-size 8 --in-chans 1 --model resnet20s --epochs 1 --lr 0.01 --batch-size 256"
+        " --workers 0 --experiment grey"
+    )
     train([*flags.split(), "--output", str(tmp_path)])
     export_run(tmp_path / "grey", tmp_path / "out")
     trained, exported = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("grey", "out"))
@@ -180,11 +186,14 @@ def test_the_card_claims_no_accuracy_of_other_weights(digits_run: Path, folder_r
     assert "import timm_alfa" not in text
 
 
-@pytest.mark.parametrize("line", [
-    "--dataset torch/cifar10 --data-dir x --model-kwargs a=1 b=two --opt-betas 0.9 0.95 --input-size 3 8 8",
-    "--data-dir x --alfa-blocks a 'b.*' --alfa-learnable --alfa-gamma 1 --amp --lr 3e-4 --torchcompile eager",
-    "--torchcompile --data-dir x --no-prefetcher",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--dataset torch/cifar10 --data-dir x --model-kwargs a=1 b=two --opt-betas 0.9 0.95 --input-size 3 8 8",
+        "--data-dir x --alfa-blocks a 'b.*' --alfa-learnable --alfa-gamma 1 --amp --lr 3e-4 --torchcompile eager",
+        "--torchcompile --data-dir x --no-prefetcher",
+    ],
+)
 def test_flags_are_spelled_as_they_are_read(line: str):
     parser = build_parser()
     args = parser.parse_args(shlex.split(line))
@@ -198,7 +207,8 @@ def test_onnx_gives_what_the_model_gives(digits_run: Path, tmp_path: Path, capfd
     main([str(digits_run), "--output", str(tmp_path), "--license", "mit"])
     captured = capfd.readouterr()
     assert captured.out.splitlines() == [
-        str(tmp_path / name) for name in ("model.safetensors", "config.json", "model.onnx", "README.md")]
+        str(tmp_path / name) for name in ("model.safetensors", "config.json", "model.onnx", "README.md")
+    ]
     assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.onnx", "model.safetensors"]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     assert [(item.name, item.shape[1:]) for item in session.get_inputs()] == [("image", [3, 8, 8])]
@@ -214,10 +224,7 @@ def test_onnx_gives_what_the_model_gives(digits_run: Path, tmp_path: Path, capfd
 
 
 def test_without_the_packages_for_onnx_the_rest_is_written(
-        digits_run: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr("timm_alfa.export.command.missing_packages", lambda: ["onnxscript", "torch>=2.7"])
     (tmp_path / "model.onnx").write_text("of other weights")
@@ -234,10 +241,7 @@ def test_a_torch_too_old_for_onnx_is_named(version: str, old: bool, monkeypatch:
 
 
 def test_a_model_that_torch_cannot_export_leaves_the_rest(
-        digits_run: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def fail(*args: object, **kwargs: object) -> None:
         raise TypeError("no such\noperator")
@@ -248,15 +252,13 @@ def test_a_model_that_torch_cannot_export_leaves_the_rest(
         main([str(digits_run), "--output", str(tmp_path)])
     assert exit.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "timm-alfa-export: error: model.onnx: torch cannot export this model: no such operator")
+        "timm-alfa-export: error: model.onnx: torch cannot export this model: no such operator"
+    )
     assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_mistakes_end_in_one_line_and_nothing_is_written(
-        digits_run: Path,
-        folder_run: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
+    digits_run: Path, folder_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -275,8 +277,10 @@ def test_mistakes_end_in_one_line_and_nothing_is_written(
         ([str(empty), "--checkpoint", "best"], f"{empty / 'model_best.pth.tar'}: no such file"),
         ([str(digits_run), "--checkpoint", str(cut)], "cut.pth.tar: truncated, damaged or no checkpoint"),
         ([str(folder_run), "--ema"], "has no averaged weights, expected a run with --model-ema; use --no-ema"),
-        ([str(digits_run), "--checkpoint", str(folder_run / "last.pth.tar"), "--no-ema"],
-         "not of the model in args.yaml, resnet20s: state_dict:"),
+        (
+            [str(digits_run), "--checkpoint", str(folder_run / "last.pth.tar"), "--no-ema"],
+            "not of the model in args.yaml, resnet20s: state_dict:",
+        ),
     ):
         with pytest.raises(SystemExit) as exit:
             main([*words, "--output", str(out)])

@@ -65,7 +65,8 @@ def test_config_says_what_the_outputs_mean(model, tmp_path, names):
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     info = CustomDatasetInfo(loaded.pretrained_cfg["label_names"])  # timm's reader of them
     assert [info.index_to_label_name(index) for index in info.label_indices()] == (
-        list(names.values()) if isinstance(names, dict) else names)
+        list(names.values()) if isinstance(names, dict) else names
+    )
     # a model that is trained on, from these weights
     for others in (["x", "y"], []):
         export_model(loaded, tmp_path / "next", label_names=others)
@@ -76,9 +77,10 @@ def test_config_says_what_the_outputs_mean(model, tmp_path, names):
     assert again.pretrained_cfg["label_names"] == loaded.pretrained_cfg["label_names"]
 
 
-@pytest.mark.parametrize(("recorded", "names"), [
-    (["a", "b"], ["a", "b"]), ({1: "b"}, {"1": "b"}), ([], None), ([1], None), ("ab", None), ({"x": "b"}, None),
-])
+@pytest.mark.parametrize(
+    ("recorded", "names"),
+    [(["a", "b"], ["a", "b"]), ({1: "b"}, {"1": "b"}), ([], None), ([1], None), ("ab", None), ({"x": "b"}, None)],
+)
 def test_export_checkpoint_takes_the_names_of_the_checkpoint(model, tmp_path, recorded, names):
     torch.save({"state_dict": model.state_dict(), "label_names": recorded}, tmp_path / "best.pth.tar")
     export_checkpoint(tmp_path / "best.pth.tar", model, tmp_path, use_ema=False)

@@ -147,10 +147,7 @@ FAULTS: list[tuple[Callable[[nn.Module], ClassificationTask], str, str]] = [
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize(("build", "fault", "named"), FAULTS)
 def test_a_run_stops_before_the_weights_take_the_step(
-        build: Callable[[nn.Module], ClassificationTask],
-        fault: str,
-        named: str,
-        value: float,
+    build: Callable[[nn.Module], ClassificationTask], fault: str, named: str, value: float
 ) -> None:
     calls_per_step = 1 if build is _plain else 2  # ALFA's tail is a second call
     model = Faulty({2 * calls_per_step: fault}, value)
@@ -204,8 +201,7 @@ def test_weights_that_are_not_finite_are_not_saved() -> None:
 
 
 def test_the_command_ends_in_one_line_with_code_1_and_keeps_the_checkpoint(
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = make_image_folder(tmp_path / "images")
     command = (
@@ -236,8 +232,7 @@ def _rank(rank: int, folder: str, fault: str) -> None:
         model.faults = {key * 2: value for key, value in model.faults.items()}
     task.prepare_distributed()
     flags = "--grad-accum-steps 2"
-    run = _training(
-        task, [batch(8, dtype=torch.float32)] * 6, flags, distributed=True, world_size=2, rank=rank)
+    run = _training(task, [batch(8, dtype=torch.float32)] * 6, flags, distributed=True, world_size=2, rank=rank)
     steps: list[int] = []
     run.optimizer.register_step_post_hook(lambda *_: steps.append(0))
     try:

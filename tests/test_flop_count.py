@@ -75,11 +75,17 @@ def test_attention(lengths: tuple[int, int], dtype: torch.dtype) -> None:
             assert count_flops(lambda: attend().sum().backward()) == times * product
 
 
-@pytest.mark.parametrize("name", [
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math_for_mps",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_scaled_dot_product_attention_math_for_mps",
+    ],
+)
 @pytest.mark.usefixtures("registry")
 def test_attention_of_every_device(name: str) -> None:
     query, key, value = torch.rand(3, 4, 7, 16), torch.rand(3, 2, 5, 16), torch.rand(3, 2, 5, 8)  # grouped heads
@@ -102,14 +108,20 @@ def test_the_shares_of_a_vit_count_its_attention() -> None:
     assert shares["blocks.1"] == pytest.approx(head / whole, rel=1e-12)
 
 
-@pytest.mark.parametrize("layer", [
-    nn.MultiheadAttention(16, 2, batch_first=True),
-    nn.TransformerEncoderLayer(16, 2, 40, dropout=0.0, batch_first=True, activation="gelu"),
-])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MultiheadAttention(16, 2, batch_first=True),
+        nn.TransformerEncoderLayer(16, 2, 40, dropout=0.0, batch_first=True, activation="gelu"),
+    ],
+)
 def test_fused_inference_counts_what_training_does(layer: nn.Module) -> None:
     x = torch.rand(3, 7, 16)
-    run = functools.partial(layer, x, x, x, need_weights=False) if isinstance(layer, nn.MultiheadAttention) else (
-        functools.partial(layer, x))
+    run = (
+        functools.partial(layer, x, x, x, need_weights=False)
+        if isinstance(layer, nn.MultiheadAttention)
+        else (functools.partial(layer, x))
+    )
     training = count_flops(run)
     assert training >= 2 * 3 * 7 * 4 * 16 * 16 + 4 * 3 * 7 * 7 * 16
     layer.eval()

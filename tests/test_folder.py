@@ -47,7 +47,12 @@ def test_what_else_lies_in_a_folder(tmp_path: Path):
     assert len(listing.images) == len(PATHS)
     assert listing.skipped == {".tif": 2, "without an ending": 1, ".txt": 3, ".gif": 1}
     assert sorted(str(Path(path).relative_to(tmp_path)) for path in listing.hidden) == [
-        ".git/x.png", "@eaDir/cat/1.png", "cat/._1.JPG", "cat/.c.png", "group/__MACOSX/dog2/a.png"]
+        ".git/x.png",
+        "@eaDir/cat/1.png",
+        "cat/._1.JPG",
+        "cat/.c.png",
+        "group/__MACOSX/dog2/a.png",
+    ]
     assert listing.empty == ["gnu", "group/emu", "ibis"]
 
 
@@ -56,9 +61,10 @@ def test_a_hidden_folder_above_is_none_of_its_business(tmp_path: Path):
     assert [label for _, label in list_images(folder, {".png"}).images] == ["cat"]
 
 
-@pytest.mark.parametrize(("input_key", "types"), [
-    (None, {".png", ".jpg", ".jpeg"}), (".tif;.png", {".tif", ".png"}), ("TIF; png;", {".tif", ".png"}),
-])
+@pytest.mark.parametrize(
+    ("input_key", "types"),
+    [(None, {".png", ".jpg", ".jpeg"}), (".tif;.png", {".tif", ".png"}), ("TIF; png;", {".tif", ".png"})],
+)
 def test_types(input_key: str | None, types: set[str]):
     assert image_types(input_key) == types
 

@@ -155,7 +155,8 @@ def _global_settings() -> Iterator[None]:
 
 FEW, MANY = 25, 600
 WITHOUT_CLOCK = settings(
-    max_examples=FEW, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=False)
+    max_examples=FEW, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=False
+)
 
 
 @pytest.mark.filterwarnings("default")  # a warning, of whatever library, is no traceback

@@ -87,11 +87,7 @@ READERS = ["--resume", "--initial-checkpoint", "--pretrained --pretrained-path",
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("flag", READERS)
 def test_a_pickle_that_would_run_something_is_refused(
-        images: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        flag: str,
-        writer: str,
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, writer: str
 ) -> None:
     path, marker = tmp_path / "file.pkl", tmp_path / "marker"
     content = {"state_dict": {"weight": torch.zeros(3)}, "epoch": 0, "extra": Harmful(marker)}
@@ -141,10 +137,7 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(checkpoint: bytes, t
 
 
 def test_a_damaged_checkpoint_stops_the_command_before_it_writes(
-        images: Path,
-        folder: Path,
-        checkpoint: bytes,
-        capsys: pytest.CaptureFixture[str],
+    images: Path, folder: Path, checkpoint: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for data in (checkpoint[:-1000], checkpoint[:50_000] + b"\x00" * 10 + checkpoint[50_010:]):
         (folder / "last.pth.tar").write_bytes(data)
@@ -166,11 +159,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
 def test_wrong_contents_stop_the_command_before_it_writes(
-        images: Path,
-        folder: Path,
-        capsys: pytest.CaptureFixture[str],
-        key: str,
-        value: Any,
+    images: Path, folder: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
 ) -> None:
     path = folder / "last.pth.tar"
     with torch.serialization.safe_globals([Namespace]):
@@ -183,10 +172,7 @@ def test_wrong_contents_stop_the_command_before_it_writes(
 
 @pytest.mark.parametrize("name", ["../precious.txt", "{folder}/precious.txt", "precious.txt", "last.pth.tar"])
 def test_a_checkpoint_cannot_have_other_files_deleted(
-        images: Path,
-        folder: Path,
-        capsys: pytest.CaptureFixture[str],
-        name: str,
+    images: Path, folder: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     """The history of checkpoints names the files that make room for better ones."""
     path = folder / "last.pth.tar"
@@ -215,17 +201,16 @@ YAML_TEXTS = [
     "lr: *nothing",
     "epochs: " + "9" * 5000,
     "lr: " + "[" * 1500,
-    "a: &a [lr, lr]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n"
-                                 for i in range(12)) + "lr: *m",
+    "a: &a [lr, lr]\n"
+    + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(12))
+    + "lr: *m",
     "lr: &lr [*lr]",
 ]
 
 
 @pytest.mark.parametrize("text", YAML_TEXTS, ids=lambda text: text[:30])
 def test_configurations_that_would_run_or_fill_something_are_refused(
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        text: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     path, marker = tmp_path / "config.yaml", tmp_path / "marker"
     path.write_text(text.format(marker=marker))
@@ -268,13 +253,7 @@ def test_images_that_do_not_decode_are_named(tmp_path: Path, workers: int) -> No
     [(0.0001, 2, "cannot be written"), (0.1, 1, "cannot write checkpoint"), (0.9, 1, "cannot write checkpoint")],
 )
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
-        images: Path,
-        folder: Path,
-        checkpoint: bytes,
-        tmp_path: Path,
-        share: float,
-        code: int,
-        named: str,
+    images: Path, folder: Path, checkpoint: bytes, tmp_path: Path, share: float, code: int, named: str
 ) -> None:
     """With the kernel refusing, in a process of its own."""
     command = _command(images, folder.parent, "--resume auto")
@@ -293,9 +272,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
 
 
 def test_other_files_of_a_run_that_cannot_be_written_are_named(
-        images: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run" / "eta.csv").mkdir(parents=True)
     capsys.readouterr()

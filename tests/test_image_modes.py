@@ -51,9 +51,10 @@ def test_sixteen_bits_are_scaled_by_their_range(mode: str):
     assert pixels(sixteen_bits(mode), "RGB") == [[[value] * 3 for value in EIGHT_BITS]]
 
 
-@pytest.mark.parametrize(("form", "mode"), [
-    ("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I"), ("PPM", "I;16"), ("PPM", "I"), ("JPEG2000", "I;16"),
-])
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I"), ("PPM", "I;16"), ("PPM", "I"), ("JPEG2000", "I;16")],
+)
 def test_files_of_sixteen_bits(form: str, mode: str):
     opened = stored(sixteen_bits(mode), form)
     assert opened.mode in ("I;16", "I")  # which of them depends on the version of Pillow
@@ -71,6 +72,7 @@ def test_a_big_endian_file():
 
 def tiff(entries: list[tuple[int, int, int, int]], data: bytes, order: str) -> bytes:
     """A TIFF file of one strip at offset 8: entries are tag, type (3 short, 4 long), count and value."""
+
     def number(value: int, size: int) -> bytes:
         return value.to_bytes(size, order)  # type: ignore[arg-type]
 
@@ -104,14 +106,17 @@ def test_tiff_files_of_other_ranges():
         convert_image(unsigned, "L")
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    (np.array([[0, 65536]], dtype=np.int32), "a 32-bit image with values from 0 to 65536, expected 0 to 65535"),
-    (np.array([[-1, 5]], dtype=np.int32), "a 32-bit image with values from -1 to 5"),
-    (np.array([[0, 1.5]], dtype=np.float32), "a floating-point image with values from 0 to 1.5, expected 0 to 1"),
-    (np.array([[-0.1, 1]], dtype=np.float32), "values from -0.1 to 1"),
-    (np.array([[0, np.nan]], dtype=np.float32), "values from nan to nan"),
-    (np.array([[0, np.inf]], dtype=np.float32), "values from 0 to inf"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 65536]], dtype=np.int32), "a 32-bit image with values from 0 to 65536, expected 0 to 65535"),
+        (np.array([[-1, 5]], dtype=np.int32), "a 32-bit image with values from -1 to 5"),
+        (np.array([[0, 1.5]], dtype=np.float32), "a floating-point image with values from 0 to 1.5, expected 0 to 1"),
+        (np.array([[-0.1, 1]], dtype=np.float32), "values from -0.1 to 1"),
+        (np.array([[0, np.nan]], dtype=np.float32), "values from nan to nan"),
+        (np.array([[0, np.inf]], dtype=np.float32), "values from 0 to inf"),
+    ],
+)
 def test_values_without_a_known_range_are_refused(values: np.ndarray, message: str):
     with pytest.raises(PixelRangeError, match=message):
         convert_image(stored(Image.fromarray(values), "TIFF"), "RGB")
@@ -124,7 +129,8 @@ def test_floating_point_from_0_to_1():
 
 
 def test_images_that_use_few_of_their_bits_are_warned_about_once(
-        caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(image_modes, "_told_of_dark_images", False)
     with caplog.at_level(logging.WARNING):
         convert_image(sixteen_bits("I;16"), "L")

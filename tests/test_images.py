@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def damage(path, kind):
     data = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"no image", "truncated": data[:len(data) // 2]}[kind])
+    path.write_bytes({"empty": b"", "text": b"no image", "truncated": data[: len(data) // 2]}[kind])
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm leaves its files to the garbage collector

@@ -77,11 +77,7 @@ def test_what_the_message_names_helps(files: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--initial-checkpoint", "--pretrained --pretrained-path"])
-def test_weights_that_fit_are_those_that_timm_loads(
-        files: Path,
-        flag: str,
-        caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_weights_that_fit_are_those_that_timm_loads(files: Path, flag: str, caplog: pytest.LogCaptureFixture) -> None:
     path = str(files / "same.safetensors")
     pretrained = "--pretrained" in flag
     options = {"pretrained_cfg_overlay": {"file": path, "num_classes": -1}} if pretrained else {"checkpoint_path": path}
@@ -99,7 +95,8 @@ def test_pretrained_weights_of_another_model_are_no_start_at_random(files: Path)
     with pytest.raises(UsageError) as caught:
         _build(f"--pretrained --pretrained-path {path}")
     assert str(caught.value).startswith(
-        f"--pretrained-path {path}: of another model than --model test_vit: 78 of 78 weights are not in it (blocks.0.")
+        f"--pretrained-path {path}: of another model than --model test_vit: 78 of 78 weights are not in it (blocks.0."
+    )
     assert nn.Module.load_state_dict.__name__ == "load_state_dict"
 
 
@@ -122,7 +119,8 @@ def test_weights_that_are_partly_missing_are_told(tmp_path: Path, caplog: pytest
     save_file(weights, path)
     _build(f"--pretrained --pretrained-path {path}")
     assert f"{path}: 2 weights of --model test_vit are not in it and start at random (norm.bias, norm.weight)" in (
-        caplog.text)
+        caplog.text
+    )
 
 
 @pytest.mark.parametrize("flag", ["--initial-checkpoint", "--pretrained --pretrained-path"])
@@ -147,16 +145,28 @@ def test_robust_accuracy_is_not_that_of_a_random_classifier(files: Path, capsys:
         robust([*VIT.split(), "--dataset", "digits", "--pretrained", "--pretrained-path", str(path)])
     assert caught.value.code == 2
     assert f"--pretrained-path {path}: timm leaves the classifier in it out; use --initial-checkpoint" in (
-        capsys.readouterr().err)
+        capsys.readouterr().err
+    )
 
 
 def test_a_size_that_a_model_is_not_built_for_names_what_would_help(
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = make_image_folder(tmp_path / "images", train=1, validation=1)
     with pytest.raises(SystemExit) as caught:
-        main(["--data-dir", str(images), "--model", "test_vit", "--model-kwargs", "dynamic_img_size=False",
-              "--img-size", "48", "--num-classes", "3"])
+        main(
+            [
+                "--data-dir",
+                str(images),
+                "--model",
+                "test_vit",
+                "--model-kwargs",
+                "dynamic_img_size=False",
+                "--img-size",
+                "48",
+                "--num-classes",
+                "3",
+            ]
+        )
     assert caught.value.code == 2
     assert "takes another with --model-kwargs img_size=48" in capsys.readouterr().err

@@ -31,9 +31,7 @@ def test_a_run_survives_being_killed(tmp_path: Path) -> None:
 
     def start(output: Path) -> int:
         output.mkdir(exist_ok=True)
-        return processes.start(
-            [*COMMAND.split(), "--data-dir", str(images), "--output", str(output)], output / "log"
-        )
+        return processes.start([*COMMAND.split(), "--data-dir", str(images), "--output", str(output)], output / "log")
 
     begun = time.monotonic()
     assert processes.wait(start(tmp_path / "whole")) == 0, (tmp_path / "whole" / "log").read_text()

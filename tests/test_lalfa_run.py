@@ -35,9 +35,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(images: Path, output: Path, extra: str) -> Path:
     arguments = "--model test_resnet --img-size 32 --num-classes 3 -b 6 --workers 0 --opt adamw --lr 1e-3"
-    main([
-        *arguments.split(), "--data-dir", str(images), "--output", str(output), "--experiment", "run", *extra.split(),
-    ])
+    main(
+        [*arguments.split(), "--data-dir", str(images), "--output", str(output), "--experiment", "run", *extra.split()]
+    )
     return output / "run"
 
 
@@ -89,12 +89,7 @@ def test_what_a_run_records(images: Path, tmp_path: Path, caplog: pytest.LogCapt
     assert [float(last[f"train_eta_{block}"]) for block in blocks] == state["eta"].tolist()
 
 
-def fails(
-        images: Path,
-        output: Path,
-        extra: str,
-        capsys: pytest.CaptureFixture[str],
-) -> str:
+def fails(images: Path, output: Path, extra: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a run which cannot start leaves."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
@@ -132,13 +127,7 @@ def test_another_list_of_blocks_is_refused(images: Path, tmp_path: Path, capsys:
         ("--alfa-blocks @paper9", "'@paper9' is a set for ResNet-18, ResNet-50 and ResNet-56s, found ResNet"),
     ],
 )
-def test_mistakes(
-        images: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        extra: str,
-        expected: str,
-) -> None:
+def test_mistakes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: str, expected: str) -> None:
     assert expected in fails(images, tmp_path / "out", extra, capsys)
     assert not (tmp_path / "out").exists()
 

@@ -81,9 +81,7 @@ class Setting:
             leaf.grad = None
 
 
-def make(
-        kind: type[nn.Module], criterion: str, in_front: str, labels: str, frozen: list[int], seed: int,
-) -> Setting:
+def make(kind: type[nn.Module], criterion: str, in_front: str, labels: str, frozen: list[int], seed: int) -> Setting:
     torch.manual_seed(seed)
     model = lively(kind().double().train())
     for index, parameter in enumerate(model.parameters()):
@@ -126,7 +124,9 @@ def test_every_leaf_gets_what_plain_hooks_give_it(data: st.DataObject) -> None:
         "seed": data.draw(st.integers(0, 3), "seed"),
     }
     attack: dict[str, Any] = {
-        "alpha": ALPHA, "norm": "l2", "steps": data.draw(st.integers(1, 2), "steps"),
+        "alpha": ALPHA,
+        "norm": "l2",
+        "steps": data.draw(st.integers(1, 2), "steps"),
         "grad": data.draw(st.sampled_from(["full", "tail"]), "grad"),
     }
     lam = data.draw(st.sampled_from([0.0, 0.7]), "lam")
@@ -146,9 +146,15 @@ def test_every_leaf_gets_what_plain_hooks_give_it(data: st.DataObject) -> None:
         loss_fn(wrapper(by_wrapper.stem(by_wrapper.images), by_wrapper.target), by_wrapper.target).loss.backward()
         torch.set_rng_state(state)
         expected = plain_alfa(
-            by_hooks.model, by_hooks.criterion, by_hooks.stem(by_hooks.images), by_hooks.target, blocks, lam=lam,
+            by_hooks.model,
+            by_hooks.criterion,
+            by_hooks.stem(by_hooks.images),
+            by_hooks.target,
+            blocks,
+            lam=lam,
             reduction=reduction,
-            others={k: v for k, v in by_hooks.leaves.items() if not k.startswith("model.")}, **attack,
+            others={k: v for k, v in by_hooks.leaves.items() if not k.startswith("model.")},
+            **attack,
         ).gradients
         assert sorted(by_task.calls) == sorted(by_wrapper.calls)
         assert len(by_task.calls) == len(set(by_task.calls))
@@ -193,8 +199,9 @@ def test_hooks_are_back_after_an_error() -> None:
 
     setting = make(Small, "plain", "nothing", "hard", [], 0)
     setting.hook(list(setting.leaves))
-    task = AlfaTask(setting.model, lambda output, target: F.cross_entropy(Breaks.apply(output), target), "block",
-                    verbose=False)
+    task = AlfaTask(
+        setting.model, lambda output, target: F.cross_entropy(Breaks.apply(output), target), "block", verbose=False
+    )
     with pytest.raises(ArithmeticError):
         task(setting.images, setting.target)
     sum(leaf.sum() for leaf in setting.leaves.values()).backward()

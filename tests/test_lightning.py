@@ -53,8 +53,15 @@ class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
 
 def trainer(folder: Path, *, epochs: int = 1, **options: Any) -> Any:
     return lightning.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, **options)
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

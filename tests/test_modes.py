@@ -38,7 +38,9 @@ EXACT, NORMED, FLOAT16, BFLOAT16 = 1e-3, 1e-2, 5e-3, 0.03
 # architecture -> options, height and width of its images, blocks
 MODELS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "vit_tiny_patch16_224": (
-        {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}, 32, ["blocks.1", "blocks.2"],
+        {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
+        32,
+        ["blocks.1", "blocks.2"],
     ),
     "resnet10t": ({"channels": (8, 8, 16, 16), "zero_init_last": False}, 64, ["layer2", "layer4"]),
 }
@@ -78,10 +80,7 @@ def seed() -> None:
 
 
 def train_plainly(
-        model: nn.Module,
-        args: argparse.Namespace,
-        data: list[tuple[Tensor, Tensor]],
-        blocks: list[str],
+    model: nn.Module, args: argparse.Namespace, data: list[tuple[Tensor, Tensor]], blocks: list[str]
 ) -> ModelEmaV3:
     """Eager, float32, a full forward per attack step; returns the average of the weights."""
     optimizer, average = optimizer_of(model), ModelEmaV3(model, decay=0.5)
@@ -105,11 +104,11 @@ def train_plainly(
 
 
 def train_with_the_task(
-        model: nn.Module,
-        args: argparse.Namespace,
-        data: list[tuple[Tensor, Tensor]],
-        blocks: list[str],
-        precision: Precision,
+    model: nn.Module,
+    args: argparse.Namespace,
+    data: list[tuple[Tensor, Tensor]],
+    blocks: list[str],
+    precision: Precision,
 ) -> AlfaTask:
     """The training command's own loop."""
     cpu = torch.device("cpu")
@@ -127,12 +126,12 @@ def train_with_the_task(
 
 
 def compare(
-        flags: str,
-        architecture: str = VIT,
-        tolerance: float = EXACT,
-        precision: Callable[[], Precision] = lambda: Precision(None, nullcontext, None),
-        prepare: Callable[[nn.Module], Any] = lambda model: None,
-        **options: Any,
+    flags: str,
+    architecture: str = VIT,
+    tolerance: float = EXACT,
+    precision: Callable[[], Precision] = lambda: Precision(None, nullcontext, None),
+    prepare: Callable[[nn.Module], Any] = lambda model: None,
+    **options: Any,
 ) -> None:
     _, size, blocks = MODELS[architecture]
     args, data = options_of(flags), batches(3, size)
@@ -183,16 +182,24 @@ MODES: dict[str, dict[str, Any]] = {
     "channels last": {"flags": "--channels-last", "architecture": RESNET, "tolerance": NORMED},
     **{
         f"gradient checkpointing, {architecture}": {
-            "flags": "--clip-grad 0.5", "architecture": architecture, "tolerance": NORMED,
-            "prepare": checkpoint_gradients, "drop_path_rate": 0.3,
+            "flags": "--clip-grad 0.5",
+            "architecture": architecture,
+            "tolerance": NORMED,
+            "prepare": checkpoint_gradients,
+            "drop_path_rate": 0.3,
         }
         for architecture in MODELS
     },
     "synchronised batch norm in one process": {
-        "flags": "", "architecture": RESNET, "tolerance": NORMED, "prepare": convert_sync_batchnorm,
+        "flags": "",
+        "architecture": RESNET,
+        "tolerance": NORMED,
+        "prepare": convert_sync_batchnorm,
     },
     "float16": {
-        "flags": "--clip-grad 0.5 --grad-accum-steps 2", "tolerance": FLOAT16, "precision": float16_with_a_loss_scaler,
+        "flags": "--clip-grad 0.5 --grad-accum-steps 2",
+        "tolerance": FLOAT16,
+        "precision": float16_with_a_loss_scaler,
     },
     "bfloat16": {"flags": "", "tolerance": BFLOAT16, "precision": bfloat16},
 }
@@ -233,7 +240,11 @@ def zeros_in_delta(dtype: torch.dtype | None, how: str, steps: int) -> float:
     """Share of the entries that one step of training leaves unperturbed."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(32, 10),
     ).train()
     images, target = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))

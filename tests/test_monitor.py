@@ -33,11 +33,18 @@ def test_means_over_what_was_measured() -> None:
     seen.add(result(2.0, 5.0, block=4.5), {"stem": torch.tensor([3.0, 3.0, 3.0])})
     metrics = seen.take()
     assert {name: value for name, value in metrics.items() if not math.isnan(value)} == {
-        "loss_clean": 1.5, "loss_adv": 3.5, "loss_adv_stem": 1.5, "loss_adv_block": 3.5,
-        "delta_l2_stem": 2.0, "delta_linf_stem": 2.5, "delta_ratio_stem": 3.0,
+        "loss_clean": 1.5,
+        "loss_adv": 3.5,
+        "loss_adv_stem": 1.5,
+        "loss_adv_block": 3.5,
+        "delta_l2_stem": 2.0,
+        "delta_linf_stem": 2.5,
+        "delta_ratio_stem": 3.0,
     }
     assert [name for name, value in metrics.items() if math.isnan(value)] == [
-        "delta_l2_block", "delta_linf_block", "delta_ratio_block",
+        "delta_l2_block",
+        "delta_linf_block",
+        "delta_ratio_block",
     ]
 
 
@@ -53,9 +60,7 @@ def test_the_keys_are_always_the_same_and_averages_start_anew() -> None:
 
 def test_one_block_needs_no_loss_of_its_own() -> None:
     seen = Monitor(AlfaWrapper(Small(), F.cross_entropy, ["block"]))
-    assert list(seen.take()) == [
-        "loss_clean", "loss_adv", "delta_l2_block", "delta_linf_block", "delta_ratio_block",
-    ]
+    assert list(seen.take()) == ["loss_clean", "loss_adv", "delta_l2_block", "delta_linf_block", "delta_ratio_block"]
 
 
 def test_text() -> None:
@@ -99,8 +104,9 @@ def test_norms_are_taken_in_every_tenth_step_of_an_epoch(monkeypatch: pytest.Mon
     images, target = batch(8, dtype=torch.float32)
     measured: list[bool] = []
     add = task.monitor.add
-    monkeypatch.setattr(task.monitor, "add", lambda result, observed: (measured.append("block" in observed),
-                                                                       add(result, observed)))
+    monkeypatch.setattr(
+        task.monitor, "add", lambda result, observed: (measured.append("block" in observed), add(result, observed))
+    )
     every_tenth = [True] + [False] * (Monitor.NORM_INTERVAL - 1)
     for steps in (13, 8, 1):  # however short an epoch is
         measured.clear()

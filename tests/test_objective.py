@@ -50,25 +50,25 @@ ODD = {
 @pytest.mark.parametrize("extra", ODD)
 @pytest.mark.parametrize("mixing", MIXING)
 def test_a_batch_that_cannot_be_mixed_is_refused_before_anything_is_written(
-        images: Path,
-        tmp_path: Path,
-        extra: str,
-        mixing: str,
-        capsys: pytest.CaptureFixture[str],
+    images: Path, tmp_path: Path, extra: str, mixing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main(_arguments(images, tmp_path / "out", f"{extra} {mixing}"))
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        f"train_alfa.py: error: {ODD[extra]}: Mixup and CutMix need an even batch size\n")
+        f"train_alfa.py: error: {ODD[extra]}: Mixup and CutMix need an even batch size\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("extra", [
-    "-b 7",
-    "-b 7 --mixup 0.2 --train-img-sizes 32 48 --train-batch-sizes 4 6",  # -b is not used
-    "--mixup 0.2 --train-img-sizes 32 48 --train-batch-sizes 4 3 --train-size-probs 1 0",
-])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "-b 7",
+        "-b 7 --mixup 0.2 --train-img-sizes 32 48 --train-batch-sizes 4 6",  # -b is not used
+        "--mixup 0.2 --train-img-sizes 32 48 --train-batch-sizes 4 3 --train-size-probs 1 0",
+    ],
+)
 def test_an_odd_size_that_is_not_mixed_is_not_refused(extra: str) -> None:
     parse_args(extra.split())
 

@@ -36,17 +36,17 @@ def _assert_deltas(found: dict[str, Any], expected: dict[str, list[Tensor]], blo
 
 
 def check(
-        model: nn.Module,
-        images: Tensor,
-        target: Tensor,
-        blocks: list[str],
-        *,
-        criterion: Any = F.cross_entropy,
-        rounds: int = 1,
-        lam: float = 1.0,
-        reduction: Any = "sum",
-        start: dict[str, list[Tensor]] | None = None,
-        **options: Any,
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    blocks: list[str],
+    *,
+    criterion: Any = F.cross_entropy,
+    rounds: int = 1,
+    lam: float = 1.0,
+    reduction: Any = "sum",
+    start: dict[str, list[Tensor]] | None = None,
+    **options: Any,
 ) -> PlainResult:
     """Compare ``rounds`` steps: the first one looks for what is written in place, the second one relies on it."""
     options = {"alpha": ALPHA, "steps": 1, **options}
@@ -112,8 +112,7 @@ def test_uniform_start(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.get_rng_state()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     start = {
-        block: pgd.uniform(feature_of(model, images, block), eps, torch.Generator().manual_seed(5))
-        for block in blocks
+        block: pgd.uniform(feature_of(model, images, block), eps, torch.Generator().manual_seed(5)) for block in blocks
     }
     model.load_state_dict(buffers, strict=False)
     torch.set_rng_state(state)
@@ -209,7 +208,13 @@ def test_learned_strengths() -> None:
     def plain(strengths: list[float]) -> PlainResult:
         torch.set_rng_state(state)
         return plain_alfa(
-            model, F.cross_entropy, images, target, blocks, alpha=ALPHA, steps=2,
+            model,
+            F.cross_entropy,
+            images,
+            target,
+            blocks,
+            alpha=ALPHA,
+            steps=2,
             strengths=dict(zip(blocks, strengths, strict=True)),
         )
 

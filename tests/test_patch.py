@@ -26,8 +26,10 @@ STAND_IN = Path(__file__).parent / "stand_in_train.py"
 SOURCE = STAND_IN.read_bytes()
 PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 ALFA = "--alfa-blocks @stages --alfa-steps 2 --alfa-learnable --alfa-gamma 0.5 --alfa-alpha 1/255"
-RUN = ("--model test_resnet --img-size 32 --num-classes 3 --batch-size 8 --epochs 2 --workers 0 --no-aug --sched none "
-       "--opt adamw --lr 1e-3 --drop-path 0.1 --model-ema --model-ema-decay 0.9 --seed 3 --device cpu --val-split=")
+RUN = (
+    "--model test_resnet --img-size 32 --num-classes 3 --batch-size 8 --epochs 2 --workers 0 --no-aug --sched none "
+    "--opt adamw --lr 1e-3 --drop-path 0.1 --model-ema --model-ema-decay 0.9 --seed 3 --device cpu --val-split="
+)
 
 
 @pytest.fixture
@@ -65,8 +67,10 @@ def test_the_lines_and_their_places():
         ('parser.add_argument("--kd-model-name", default=None)', "timm_alfa.script.add_arguments(parser)"),
         ("args = parser.parse_args(remaining)  # the rest", "timm_alfa.script.check_arguments(args)"),
         (")", "task = timm_alfa.script.wrap_task(args, task, data_config)"),
-        ("train_metrics = train_one_epoch(epoch, loader_train, optimizer, task)",
-         "train_metrics.update(timm_alfa.script.epoch_metrics(args, task, output_dir))"),
+        (
+            "train_metrics = train_one_epoch(epoch, loader_train, optimizer, task)",
+            "train_metrics.update(timm_alfa.script.epoch_metrics(args, task, output_dir))",
+        ),
     ]
 
 
@@ -90,13 +94,17 @@ def test_other_names_and_no_data_config():
     ]
 
 
-@pytest.mark.parametrize("source", [
-    SOURCE.replace(b"\n", b"\r\n"),
-    b"\xef\xbb\xbf" + SOURCE,
-    b"# -*- coding: latin-1 -*-\n# caf\xe9\n" + SOURCE.replace(b"train_metrics", b"m\xe9triques"),
-    SOURCE.replace(b"    ", b"\t"),
-    SOURCE.rstrip(b"\n"),
-], ids=["crlf", "bom", "latin-1", "tabs", "no-newline-at-end"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        SOURCE.replace(b"\n", b"\r\n"),
+        b"\xef\xbb\xbf" + SOURCE,
+        b"# -*- coding: latin-1 -*-\n# caf\xe9\n" + SOURCE.replace(b"train_metrics", b"m\xe9triques"),
+        SOURCE.replace(b"    ", b"\t"),
+        SOURCE.rstrip(b"\n"),
+    ],
+    ids=["crlf", "bom", "latin-1", "tabs", "no-newline-at-end"],
+)
 def test_any_encoding_and_layout_goes_there_and_back(source: bytes):
     patched = patch(source)
     compile(patched, "train.py", "exec")
@@ -173,11 +181,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_file_that_is_not_understood_is_left_alone(
-        case: str,
-        script: Path,
-        capsys: pytest.CaptureFixture[str],
-):
+def test_a_file_that_is_not_understood_is_left_alone(case: str, script: Path, capsys: pytest.CaptureFixture[str]):
     content, reason = REFUSED[case]
     assert content not in (SOURCE, PATCHED)
     script.write_bytes(content)
@@ -252,10 +256,7 @@ def _assert_same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @needs_image_files
 def test_without_its_flags_the_script_does_what_it_did(
-        patched: Path,
-        images: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+    patched: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     arguments = ["--data-dir", str(images), *RUN.split()]
     before = _run(STAND_IN, tmp_path / "before", arguments, monkeypatch)
@@ -268,10 +269,7 @@ def test_without_its_flags_the_script_does_what_it_did(
 
 @needs_image_files
 def test_with_them_it_trains_as_our_command_does(
-        patched: Path,
-        images: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+    patched: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     arguments = ["--data-dir", str(images), *RUN.split(), *ALFA.split()]
     theirs = _run(patched, tmp_path / "script", arguments, monkeypatch)
@@ -294,11 +292,7 @@ def test_with_them_it_trains_as_our_command_does(
 @needs_image_files
 @pytest.mark.parametrize("flags", ["", "--alfa-blocks layer4 --alfa-eps 0.01 --alfa-init uniform"])
 def test_the_saved_arguments_are_a_configuration(
-        flags: str,
-        patched: Path,
-        images: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+    flags: str, patched: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     arguments = ["--data-dir", str(images), *RUN.split(), "--epochs", "1", *flags.split()]
     first = _run(patched, tmp_path / "first", arguments, monkeypatch)
@@ -311,10 +305,7 @@ def test_the_saved_arguments_are_a_configuration(
 
 @needs_image_files
 def test_a_configuration_is_read_as_the_command_line_is(
-        patched: Path,
-        images: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+    patched: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tmp_path / "config.yaml"
     config.write_text("alfa_blocks: layer4\nalfa_alpha: 1/255\nalfa_steps: 2\nepochs: 1\n")
@@ -340,12 +331,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_the_script_with_one_line(
-        mistake: str,
-        patched: Path,
-        images: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+    mistake: str,
+    patched: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     arguments = mistake.split()
     if ":" in mistake:
@@ -380,7 +371,8 @@ def test_the_table_has_every_patch_with_the_sha256_of_its_script():
 
 
 needs_timm_script = pytest.mark.skipif(
-    "TIMM_TRAIN_PY" not in os.environ, reason="TIMM_TRAIN_PY names no copy of timm's train.py")
+    "TIMM_TRAIN_PY" not in os.environ, reason="TIMM_TRAIN_PY names no copy of timm's train.py"
+)
 
 
 @needs_timm_script

@@ -90,9 +90,7 @@ def test_parity_with_two_plain_models(name: str, attack_bn: str) -> None:
         owner, _, kind = key.rpartition(".")
         if owner in norms:  # each kind of image trains its own branch, and nothing else does
             torch.testing.assert_close(own[key], gradient, rtol=1e-7, atol=1e-12, msg=key)
-            torch.testing.assert_close(
-                own[f"{owner}.aux.{kind}"], of_adversarial[key], rtol=1e-7, atol=1e-12, msg=key
-            )
+            torch.testing.assert_close(own[f"{owner}.aux.{kind}"], of_adversarial[key], rtol=1e-7, atol=1e-12, msg=key)
         else:
             torch.testing.assert_close(own[key], gradient + of_adversarial[key], rtol=1e-7, atol=1e-11, msg=key)
     buffers = dict(model.named_buffers())

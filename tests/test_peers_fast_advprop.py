@@ -47,9 +47,7 @@ def test_parity_with_two_plain_models() -> None:
         owner, _, kind = name.rpartition(".")
         if owner in norms:
             torch.testing.assert_close(own[name].grad, parameter.grad, rtol=1e-8, atol=1e-13)
-            torch.testing.assert_close(
-                own[f"{owner}.aux.{kind}"].grad, adversarial[name].grad, rtol=1e-8, atol=1e-13
-            )
+            torch.testing.assert_close(own[f"{owner}.aux.{kind}"].grad, adversarial[name].grad, rtol=1e-8, atol=1e-13)
         else:
             total = parameter.grad + adversarial[name].grad
             torch.testing.assert_close(own[name].grad, total, rtol=1e-8, atol=1e-13)

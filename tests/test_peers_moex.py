@@ -191,8 +191,10 @@ def test_bad_flags(argv: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("model", "block", "message"),
     [
-        (small(), "stemm", "no block is called 'stemm'"), (small(), "neck", "'neck' does not return a feature map"),
-        (small(), "stem.*", "matches 3 blocks; name one"), (Repeated(), "twice", "'twice' runs 2 times per forward"),
+        (small(), "stemm", "no block is called 'stemm'"),
+        (small(), "neck", "'neck' does not return a feature map"),
+        (small(), "stem.*", "matches 3 blocks; name one"),
+        (Repeated(), "twice", "'twice' runs 2 times per forward"),
         (Repeated(), "never", "'never' runs 0 times per forward"),
         (timm.create_model("test_vit", img_size=8, patch_size=4), "blocks.0", "does not return a feature map"),
     ],

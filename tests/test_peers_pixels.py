@@ -143,8 +143,11 @@ def test_one_channel_and_low_precision() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eps": -1.0}, "eps: .* found -1"), ({"eps": float("nan")}, "eps: "), ({"alpha": 0.0}, "alpha: .* found 0"),
-        ({"steps": 0}, "steps: .* found 0"), ({"init": "middle"}, "init: .* found 'middle'"),
+        ({"eps": -1.0}, "eps: .* found -1"),
+        ({"eps": float("nan")}, "eps: "),
+        ({"alpha": 0.0}, "alpha: .* found 0"),
+        ({"steps": 0}, "steps: .* found 0"),
+        ({"init": "middle"}, "init: .* found 'middle'"),
         ({"std": (0.2, 0.0, 0.1)}, "std: "),
     ],
 )

@@ -63,7 +63,8 @@ def test_accelerator_state_is_kept(monkeypatch):
 
 def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=100))
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+    )
     try:
         random.seed(rank)
         np.random.seed(rank)

@@ -29,7 +29,13 @@ from timm_alfa.train.arguments.command_line import build_parser, parse_args
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OTHER_PROGRAMS = {
-    "--nproc_per_node", "--write", "--revert", "--license", "--checkpoint", "--ema", "--docformat",
+    "--nproc_per_node",
+    "--write",
+    "--revert",
+    "--license",
+    "--checkpoint",
+    "--ema",
+    "--docformat",
     "--output-directory",
 }  # torchrun's, pdoc's, and those of the tools for patches and export
 START = re.compile(r"(?:train_alfa\.py|-m timm_alfa\.train|timm-alfa-train) ")
@@ -51,7 +57,7 @@ def _digits_command() -> list[str]:
 
 
 def _line(code: str) -> str:
-    return f"line {README[:README.index(code)].count(chr(10))}"
+    return f"line {README[: README.index(code)].count(chr(10))}"
 
 
 @pytest.fixture
@@ -80,12 +86,7 @@ def test_the_code_blocks_are_found():
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
 @pytest.mark.parametrize("code", _blocks("python"), ids=_line)
-def test_code_block_runs(
-        code: str,
-        names: dict[str, Any],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-):
+def test_code_block_runs(code: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for package in ("lightning", "accelerate"):
         if f"import {package}" in code or f"from {package}" in code:
@@ -123,7 +124,7 @@ def _assert_fine_tuned(model: nn.Module) -> None:
 def test_the_diff_is_about_the_same_names_as_the_code():
     (diff,) = _blocks("diff")
     added = [line[1:].strip() for line in diff.splitlines() if line.startswith("+")]
-    assert "alfa = AlfaWrapper(model, criterion, blocks=[\"layer4\"])" in added
+    assert 'alfa = AlfaWrapper(model, criterion, blocks=["layer4"])' in added
     assert "loss = loss_fn(alfa(images, target), target).loss" in added
 
 
@@ -156,12 +157,29 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [command for command in _training_commands() if command != _digits_command()], ids=" ".join)
+    "command", [command for command in _training_commands() if command != _digits_command()], ids=" ".join
+)
 def test_training_command_runs(command: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Its first steps, on a small folder in place of its data and without a download."""
     command = [word for word in command if word not in ("--pretrained", "--dataset-download")]
-    small = ["--dataset", "", "--data-dir", str(images), "--train-split", "train", "--val-split", "validation",
-             "--num-classes", "3", "--img-size", "32", "--batch-size", "2", "--workers", "0"]
+    small = [
+        "--dataset",
+        "",
+        "--data-dir",
+        str(images),
+        "--train-split",
+        "train",
+        "--val-split",
+        "validation",
+        "--num-classes",
+        "3",
+        "--img-size",
+        "32",
+        "--batch-size",
+        "2",
+        "--workers",
+        "0",
+    ]
     if any(word.startswith("vit") for word in command):
         small[small.index("32")] = "224"  # the only size that it takes
     only_listed = "--alfa-list-blocks" in command

@@ -79,10 +79,14 @@ def test_every_model_of_the_paper_has_a_plain_recipe_and_one_with_alfa():
     assert set(ALPHAS) <= set(names)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name in recipe_names() if name not in BASES
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in recipe_names()
+        if name not in BASES
+    ],
+)
 def test_each_recipe_trains_and_tests(name: str, images: Path, tmp_path: Path):
     small = "--batch-size 4 --epochs 1 --workers 0 --val-fraction 0.2"
     if "imagenet" in name:
@@ -114,26 +118,29 @@ def test_a_base_may_be_a_file_beside_or_a_recipe(tmp_path: Path):
     assert (args.epochs, args.seed, args.batch_size, args.num_classes, args.crop_padding) == (5, 4, 32, 100, 4)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("base: mine.yaml", "base: mine.yaml is based on itself"),
-    ("base: [cifar10]", r"base: \['cifar10'\] is not text"),
-    ("base: cifar11", "mine.yaml: base: cifar11: no such file, nor a recipe of that name; nearest recipes: cifar10"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: mine.yaml", "base: mine.yaml is based on itself"),
+        ("base: [cifar10]", r"base: \['cifar10'\] is not text"),
+        (
+            "base: cifar11",
+            "mine.yaml: base: cifar11: no such file, nor a recipe of that name; nearest recipes: cifar10",
+        ),
+    ],
+)
 def test_a_base_that_cannot_be(text: str, message: str, tmp_path: Path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
         parse(str(tmp_path / "mine.yaml"))
 
 
-@pytest.mark.parametrize(("dataset", "name", "label"), [
-    ("cifar10", "cifar-10-batches-py", "labels"), ("cifar100", "cifar-100-python", "fine_labels"),
-])
+@pytest.mark.parametrize(
+    ("dataset", "name", "label"),
+    [("cifar10", "cifar-10-batches-py", "labels"), ("cifar100", "cifar-100-python", "fine_labels")],
+)
 def test_torchvisions_datasets_train_too(
-        dataset: str,
-        name: str,
-        label: str,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+    dataset: str, name: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     folder = tmp_path / name

@@ -139,11 +139,7 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_what_is_no_run_is_said_in_one_line(
-        run: Path,
-        capsys: pytest.CaptureFixture[str],
-        name: str,
-        content: str | bytes | None,
-        expected: str,
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | bytes | None, expected: str
 ) -> None:
     if content is None:
         (run / name).unlink()

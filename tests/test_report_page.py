@@ -91,11 +91,22 @@ def test_one_run(tmp_path: Path) -> None:
     assert page.tags.count("figure") == len(figures)
     labels = [value or "" for name, value in page.attributes if name == "aria-label"]
     assert [label for label in labels if label.startswith("Line chart")] == [
-        label for figure in figures for label in labels if label.startswith(f"Line chart of {figure} by epoch: ")]
+        label for figure in figures for label in labels if label.startswith(f"Line chart of {figure} by epoch: ")
+    ]
     assert "Line chart of validation accuracy (%) by epoch: top-1 from 55 to 55; top-5 from 90 to 90" in labels
     assert ["layer3", "0.5", "0.5", "0.5"] in page.cells
-    for expected in ("resnet18, L-ALFA, PGD-1", "best top-1, epoch 2", "60 %", "0.25 s", "3 of 300", "--lr", "2.15.0",
-                     "train_alfa.py --lr 0.25", "flags at their defaults", "layer4 (last)"):
+    for expected in (
+        "resnet18, L-ALFA, PGD-1",
+        "best top-1, epoch 2",
+        "60 %",
+        "0.25 s",
+        "3 of 300",
+        "--lr",
+        "2.15.0",
+        "train_alfa.py --lr 0.25",
+        "flags at their defaults",
+        "layer4 (last)",
+    ):
         assert expected in page.text
     assert ["2", "2", "0.25", "128", "1.5", "60", "90", "0.1"] in page.cells  # every epoch, as a table too
 
@@ -172,7 +183,8 @@ def test_a_long_run_of_many_blocks_stays_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "kept"), [([1.0, float("inf"), 3.0], 2), ([2.0, 2.0, 2.0], 3), ([1e-9, 5.0, 1e9], 3)])
+    ("values", "kept"), [([1.0, float("inf"), 3.0], 2), ([2.0, 2.0, 2.0], 3), ([1e-9, 5.0, 1e9], 3)]
+)
 @pytest.mark.parametrize("log", [False, True])
 def test_curves_stay_within_the_picture(tmp_path: Path, values: list[float], kept: int, log: bool) -> None:
     figure = line_chart("title", [Line("label", [1, 2, 3], values, hue=0, strong=True)], log=log)

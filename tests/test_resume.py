@@ -53,7 +53,8 @@ KINDS = [(0, 1), (2, 1), (0, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(
-    ("workers", "ranks"), [pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS[:-1]] + KINDS[-1:])
+    ("workers", "ranks"), [pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS[:-1]] + KINDS[-1:]
+)
 def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path, workers: int, ranks: int) -> None:
     flags = f"--workers {workers}"
     whole = _run(images, tmp_path / "whole", flags, ranks)
@@ -72,9 +73,30 @@ def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path, workers:
 
 def test_other_classes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_image_folder(tmp_path / "data", train=2)
-    command = ["--data-dir", str(data), "--model", "test_resnet", "--img-size", "32", "--num-classes", "3", "-b", "2",
-               "--workers", "0", "--epochs", "2", "--lr", "0.01", "--output", str(tmp_path), "--experiment", "run",
-               "--resume", "auto"]
+    command = [
+        "--data-dir",
+        str(data),
+        "--model",
+        "test_resnet",
+        "--img-size",
+        "32",
+        "--num-classes",
+        "3",
+        "-b",
+        "2",
+        "--workers",
+        "0",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.01",
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "run",
+        "--resume",
+        "auto",
+    ]
     main([*command, "--stop-epoch", "1"])
     last = tmp_path / "run" / "last.pth.tar"
     for split in ("train", "validation"):
@@ -95,6 +117,7 @@ def test_other_classes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main([*command, "--class-map", str(tmp_path / "same.txt")])
     assert capsys.readouterr().err == (
-        f"{start}numbers its classes differently than the data; expected the same --class-map\n")
+        f"{start}numbers its classes differently than the data; expected the same --class-map\n"
+    )
     assert last.read_bytes() == before
     main(command)

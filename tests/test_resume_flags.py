@@ -105,13 +105,15 @@ HOLDS: dict[str, Callable[[Plan], bool]] = {
     "--opt-eps 0.01": lambda plan: _group_values(plan, "eps") == [0.01] * 2,
     "--epochs 7": lambda plan: (plan.num_epochs, plan.run.scheduler.t_initial) == (7, 7),
     "--sched step --decay-epochs 1 --decay-rate 0.5": lambda plan: (
-        isinstance(plan.run.scheduler, StepLRScheduler) and plan.run.learning_rate == 0.5e-3),
+        isinstance(plan.run.scheduler, StepLRScheduler) and plan.run.learning_rate == 0.5e-3
+    ),
     "--sched none": lambda plan: plan.run.scheduler is None and plan.run.learning_rate == 1e-3,
     "--min-lr 9e-4": lambda plan: plan.run.learning_rate > 9e-4,
     "--smoothing 0.3": lambda plan: plan.run.task.criterion.smoothing == 0.3,
     "--mixup 0.7": lambda plan: (
         isinstance(plan.run.task.criterion, SoftTargetCrossEntropy)
-        and plan.run.loader.loader.collate_fn.mixup_alpha == 0.7),
+        and plan.run.loader.loader.collate_fn.mixup_alpha == 0.7
+    ),
     "--clip-grad 0.1": lambda plan: plan.run.args.clip_grad == 0.1,
     "--drop 0.4": lambda plan: plan.run.module.drop_rate == 0.4,
     "--model-ema-decay 0.5": lambda plan: plan.run.task.trainable_module_ema.decay == 0.5,
@@ -127,10 +129,7 @@ HOLDS: dict[str, Callable[[Plan], bool]] = {
 
 @pytest.mark.parametrize("extra", HOLDS)
 def test_what_takes_effect_is_what_the_run_goes_on_with(
-        images: Path,
-        output: Path,
-        extra: str,
-        caplog: pytest.LogCaptureFixture,
+    images: Path, output: Path, extra: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         plan = _plan(images, output, extra)
@@ -155,9 +154,7 @@ TRAINED_WITH = (
 
 
 def test_a_run_that_goes_on_with_other_flags_ends_otherwise_and_says_so(
-        images: Path,
-        output: Path,
-        tmp_path: Path,
+    images: Path, output: Path, tmp_path: Path
 ) -> None:
     ends = []
     for index, extra in enumerate(("", *TRAINED_WITH)):
@@ -171,7 +168,8 @@ def test_a_run_that_goes_on_with_other_flags_ends_otherwise_and_says_so(
         saved = yaml.safe_load((last.parent / "args.yaml").read_text())
         wanted = vars(parse_args(arguments))
         assert {name: saved[name] for name in wanted if name != "resume"} == {
-            name: value for name, value in wanted.items() if name != "resume"}
+            name: value for name, value in wanted.items() if name != "resume"
+        }
         groups = checkpoint["optimizer"]["param_groups"]
         assert [group["weight_decay"] for group in groups] == [0.0, wanted["weight_decay"]]
         assert [group.get("initial_lr", wanted["lr"]) for group in groups] == [wanted["lr"]] * 2
@@ -205,11 +203,7 @@ REFUSED = {
 @pytest.mark.parametrize("extra", REFUSED)
 @pytest.mark.parametrize("resume", ["auto", "path"])
 def test_what_cannot_be_changed_ends_the_command_in_one_line(
-        images: Path,
-        output: Path,
-        resume: str,
-        extra: str,
-        capsys: pytest.CaptureFixture[str],
+    images: Path, output: Path, resume: str, extra: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _contents(output)
     path = output / "run" / "last.pth.tar"
@@ -249,10 +243,7 @@ KEPT = {
 
 
 def test_what_is_kept_is_said_and_recorded_to_be(
-        images: Path,
-        output: Path,
-        tmp_path: Path,
-        caplog: pytest.LogCaptureFixture,
+    images: Path, output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "other.pt"  # not even read: the weights are the checkpoint's
     ends = []
@@ -286,11 +277,7 @@ def test_what_decides_the_ranking_may_change_in_a_folder_of_its_own(images: Path
     assert (history["checkpoint_files"], history["best_epoch"], history["pending"][0]) == ([], None, 1)
 
 
-def test_an_average_that_starts_late_is_told(
-        images: Path,
-        tmp_path: Path,
-        caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_an_average_that_starts_late_is_told(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = [word for word in _arguments(images, tmp_path, "--stop-epoch 1") if word != "--model-ema"]
     main(arguments)
     path = tmp_path / "run" / "last.pth.tar"
@@ -301,6 +288,7 @@ def test_an_average_that_starts_late_is_told(
 
 def test_a_checkpoint_of_timm_is_compared_too(images: Path, output: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It holds the flags of timm's script after set-up, and none of this package's."""
+
     def make_foreign(checkpoint: dict[str, Any]) -> None:
         ours = ("alfa_", "noise_", "moex_", "advprop_", "pgd_", "fast_advprop_", "eval_pgd", "method")
         theirs = {name: value for name, value in vars(checkpoint["args"]).items() if not name.startswith(ours)}
@@ -322,9 +310,7 @@ def test_a_checkpoint_of_timm_is_compared_too(images: Path, output: Path, caplog
 
 
 def test_a_checkpoint_without_flags_is_said_not_to_be_compared(
-        images: Path,
-        output: Path,
-        caplog: pytest.LogCaptureFixture,
+    images: Path, output: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _change_args(output, lambda checkpoint: checkpoint.pop("args"))
     plan = _plan(images, output, "--lr 0.5")
@@ -333,12 +319,7 @@ def test_a_checkpoint_without_flags_is_said_not_to_be_compared(
 
 
 @pytest.mark.parametrize("seed", [-1, "x", 2**40, torch.zeros(3)])
-def test_damaged_flags_are_refused(
-        images: Path,
-        output: Path,
-        seed: Any,
-        capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_damaged_flags_are_refused(images: Path, output: Path, seed: Any, capsys: pytest.CaptureFixture[str]) -> None:
     _change_args(output, lambda checkpoint: setattr(checkpoint["args"], "seed", seed))
     with pytest.raises(SystemExit) as caught:
         main(_arguments(images, output, "--resume auto"))
@@ -354,4 +335,5 @@ def test_fates_by_value() -> None:
     assert rules["layer_decay"](0.7, 0.5, args) is Fate.EFFECTIVE
     args.no_resume_opt = True
     assert {rules[name]("a", None, args) for name in ("opt", "opt_kwargs", "momentum", "layer_decay")} == {
-        Fate.EFFECTIVE}
+        Fate.EFFECTIVE
+    }

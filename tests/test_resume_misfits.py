@@ -125,10 +125,7 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_optimizer_that_does_not_fit_is_one_line_and_can_be_left_out(
-        images: Path,
-        output: Path,
-        case: str,
-        capsys: pytest.CaptureFixture[str],
+    images: Path, output: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, extra, said = CASES[case]
     path = _change(output, change)
@@ -143,10 +140,7 @@ def test_an_optimizer_that_does_not_fit_is_one_line_and_can_be_left_out(
 
 @pytest.mark.parametrize("change", [_another_model, _other_classes])
 def test_weights_of_another_model_are_one_line(
-        images: Path,
-        output: Path,
-        change: Callable[[dict[str, Any]], None],
-        capsys: pytest.CaptureFixture[str],
+    images: Path, output: Path, change: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _change(output, change)
     for extra in ("", "--no-resume-opt"):
@@ -154,15 +148,12 @@ def test_weights_of_another_model_are_one_line(
         assert "does not fit --model test_resnet: " in error
 
 
-def test_layers_frozen_otherwise_are_one_line(
-        images: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_layers_frozen_otherwise_are_one_line(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frozen = "--layer-decay 0.5 --layer-decay-no-opt-scale"
     main(_arguments(images, tmp_path, f"{frozen} 0.1 --stop-epoch 1"))
     assert "--layer-decay-no-opt-scale 0.3, but" in _fails(
-        _arguments(images, tmp_path, f"{frozen} 0.3 --resume auto"), tmp_path, capsys)
+        _arguments(images, tmp_path, f"{frozen} 0.3 --resume auto"), tmp_path, capsys
+    )
     _change(tmp_path, _forget_flags)
     assert OPTIMIZER in _fails(_arguments(images, tmp_path, f"{frozen} 0.3 --resume auto"), tmp_path, capsys)
     main(_arguments(images, tmp_path, f"{frozen} 0.1 --resume auto"))

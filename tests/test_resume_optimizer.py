@@ -16,7 +16,8 @@ from timm_alfa.train.checkpoints.resume_optimizer import restore_optimizer
 # they need another library, an accelerator, or a closure
 LEFT_OUT = ("fused", "bnb", "adahessian", "lbfgs")
 NAMES = [
-    name for name in [*list_optimizers(), "lookahead_adamw", "lookahead_sgd"]
+    name
+    for name in [*list_optimizers(), "lookahead_adamw", "lookahead_sgd"]
     if not any(part in name for part in LEFT_OUT)
 ]
 
@@ -93,8 +94,12 @@ def test_changed_flags_hold_and_the_moments_go_on(name: str, flag: str, value: A
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("sgd", "adamw", "'step'"), ("adamw", "sgd", "momentum"), ("sgd", "momentum", "nesterov"),
-        ("adamw", "lion", "eps"), ("adamw", "lamb", "max_grad_norm"), ("lookahead_adamw", "adamw", "lookahead"),
+        ("sgd", "adamw", "'step'"),
+        ("adamw", "sgd", "momentum"),
+        ("sgd", "momentum", "nesterov"),
+        ("adamw", "lion", "eps"),
+        ("adamw", "lamb", "max_grad_norm"),
+        ("lookahead_adamw", "adamw", "lookahead"),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused(old: str, new: str, said: str) -> None:

@@ -35,8 +35,15 @@ def _digits() -> tuple[Tensor, Tensor]:
 def _model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1),
-        nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
     )
 
 
@@ -96,8 +103,21 @@ def test_no_images() -> None:
 def test_command_on_a_checkpoint_and_on_its_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_image_folder(tmp_path / "data")
     common = ["--data-dir", str(data), "--model", "resnet20s", "--num-classes", "3", "--workers", "0", "-b", "6"]
-    train_main([*common, "--method", "pgd-at", "--pgd-at-steps", "1", "--epochs", "1", "--output", str(tmp_path),
-                "--experiment", "run"])
+    train_main(
+        [
+            *common,
+            "--method",
+            "pgd-at",
+            "--pgd-at-steps",
+            "1",
+            "--epochs",
+            "1",
+            "--output",
+            str(tmp_path),
+            "--experiment",
+            "run",
+        ]
+    )
     attack = ["--eval-pgd", "2", "--eval-pgd-eps", "4", "--eval-pgd-init", "zero"]
     results = [
         main([*common, *attack, "--initial-checkpoint", str(tmp_path / "run" / name)])
@@ -125,10 +145,43 @@ def _sixteen_bits(root: Path) -> Path:
 @pytest.mark.parametrize("in_chans", ["1", "3"])
 def test_images_of_16_bits_are_told_apart(tmp_path: Path, in_chans: str) -> None:
     """Training and the attack see the same images; made constant white, both classes would get the same answer."""
-    common = ["--data-dir", str(_sixteen_bits(tmp_path / "data")), "--model", "resnet20s", "--num-classes", "2",
-              "--in-chans", in_chans, "--img-size", "16", "--workers", "0", "-b", "6", "--eval-pgd", "1"]
-    train_main([*common, "--epochs", "6", "--lr", "0.05", "--warmup-epochs", "0", "--val-interval", "6", "--output",
-                str(tmp_path), "--experiment", "run", "--color-jitter", "0"])
+    common = [
+        "--data-dir",
+        str(_sixteen_bits(tmp_path / "data")),
+        "--model",
+        "resnet20s",
+        "--num-classes",
+        "2",
+        "--in-chans",
+        in_chans,
+        "--img-size",
+        "16",
+        "--workers",
+        "0",
+        "-b",
+        "6",
+        "--eval-pgd",
+        "1",
+    ]
+    train_main(
+        [
+            *common,
+            "--epochs",
+            "6",
+            "--lr",
+            "0.05",
+            "--warmup-epochs",
+            "0",
+            "--val-interval",
+            "6",
+            "--output",
+            str(tmp_path),
+            "--experiment",
+            "run",
+            "--color-jitter",
+            "0",
+        ]
+    )
     trained = json.loads((tmp_path / "run" / "robust.json").read_text())
     found = main([*common, "--initial-checkpoint", str(tmp_path / "run" / "model.safetensors")])
     assert trained["top1"] == found["top1"] == 100
@@ -138,8 +191,24 @@ def test_an_image_without_a_known_range_is_named(tmp_path: Path, capsys: pytest.
     data = make_image_folder(tmp_path / "data", train=2)
     weights = tmp_path / "weights.pth"
     torch.save({"state_dict": timm.create_model("test_resnet", num_classes=3).state_dict()}, weights)
-    command = ["--data-dir", str(data), "--input-key", ".png;.tif", "--model", "test_resnet", "--num-classes", "3",
-               "--img-size", "32", "--workers", "1", "-b", "2", "--initial-checkpoint", str(weights)]
+    command = [
+        "--data-dir",
+        str(data),
+        "--input-key",
+        ".png;.tif",
+        "--model",
+        "test_resnet",
+        "--num-classes",
+        "3",
+        "--img-size",
+        "32",
+        "--workers",
+        "1",
+        "-b",
+        "2",
+        "--initial-checkpoint",
+        str(weights),
+    ]
     message = "a 32-bit image with values from 0 to 70000, expected 0 to 65535; store it with 8 or 16 unsigned bits"
     for name, code in (("c/9.tif", 1), ("a/0-.tif", 2)):  # found on the way, and looked at first
         path = data / "validation" / name
@@ -154,8 +223,22 @@ def test_an_image_without_a_known_range_is_named(tmp_path: Path, capsys: pytest.
 
 def test_the_classes_must_be_those_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_image_folder(tmp_path / "data", train=2)
-    common = ["--data-dir", str(data), "--model", "test_resnet", "--num-classes", "3", "--img-size", "32", "--workers",
-              "0", "-b", "2", "--eval-pgd", "1"]
+    common = [
+        "--data-dir",
+        str(data),
+        "--model",
+        "test_resnet",
+        "--num-classes",
+        "3",
+        "--img-size",
+        "32",
+        "--workers",
+        "0",
+        "-b",
+        "2",
+        "--eval-pgd",
+        "1",
+    ]
     train_main([*common, "--epochs", "1", "--lr", "0.01", "--output", str(tmp_path), "--experiment", "run"])
     for name in ("model_best.pth.tar", "model.safetensors"):
         main([*common, "--initial-checkpoint", str(tmp_path / "run" / name)])
@@ -168,24 +251,40 @@ def test_the_classes_must_be_those_of_the_checkpoint(tmp_path: Path, capsys: pyt
         assert caught.value.code == 2
         assert capsys.readouterr().err.startswith(
             f"timm_alfa.robust: error: --initial-checkpoint {path}: was trained on 3 classes, the data has 2: 'b' only "
-            "in the checkpoint; expected the same classes\n")
+            "in the checkpoint; expected the same classes\n"
+        )
 
 
 def test_a_run_ends_with_the_robust_accuracy_of_what_it_exported(
-        tmp_path: Path,
-        caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = make_image_folder(tmp_path / "data")
     common = ["--data-dir", str(data), "--model", "resnet20s", "--num-classes", "3", "--workers", "0", "-b", "6"]
     attack = ["--eval-pgd", "2", "--eval-pgd-eps", "4"]
-    train = [*common, *attack, "--alfa-blocks", "@last", "--model-ema", "--epochs", "1", "--resume", "auto",
-             "--output", str(tmp_path), "--experiment", "run"]
+    train = [
+        *common,
+        *attack,
+        "--alfa-blocks",
+        "@last",
+        "--model-ema",
+        "--epochs",
+        "1",
+        "--resume",
+        "auto",
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "run",
+    ]
     with caplog.at_level("INFO"):
         train_main(train)
     record = tmp_path / "run" / "robust.json"
     found = json.loads(record.read_text())
-    assert found == {"checkpoint": "model.safetensors", "attack": "PGD-2, eps 4/255, alpha 2/255, uniform start",
-                     **main([*common, *attack, "--initial-checkpoint", str(tmp_path / "run" / "model.safetensors")])}
+    assert found == {
+        "checkpoint": "model.safetensors",
+        "attack": "PGD-2, eps 4/255, alpha 2/255, uniform start",
+        **main([*common, *attack, "--initial-checkpoint", str(tmp_path / "run" / "model.safetensors")]),
+    }
     line = f"clean {found['top1']:.2f}, robust {found['robust_top1']:.2f} (top-1 in percent, 6 images)"
     assert line in caplog.text
     record.unlink()  # as if killed before it had been measured

@@ -95,9 +95,10 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize(("factor", "dtype"), [
-    (0.0, torch.float32), (1e4, torch.float16), (1e-4, torch.float16), (1.0, torch.bfloat16), (1e15, torch.float32),
-])
+@pytest.mark.parametrize(
+    ("factor", "dtype"),
+    [(0.0, torch.float32), (1e4, torch.float16), (1e-4, torch.float16), (1.0, torch.bfloat16), (1e15, torch.float32)],
+)
 def test_zero_large_and_small_features(factor: float, dtype: torch.dtype, norm: Any) -> None:
     images, target = batch(8, dtype=torch.float32)
     model = Scaled(factor, dtype).train()
@@ -182,5 +183,10 @@ def test_values_that_are_no_size(value: Any) -> None:
 def test_text_and_back() -> None:
     assert parse_size("2%") == parse_size(Relative(0.02)) == Relative(0.02)
     assert [str(parse_size(text)) for text in ("2%", "0.5%", ".25%", "100%", "12.%")] == [
-        "2%", "0.5%", "0.25%", "100%", "12%"]
+        "2%",
+        "0.5%",
+        "0.25%",
+        "100%",
+        "12%",
+    ]
     assert describe_size(0.5 / 255) == "0.5/255"

@@ -118,7 +118,8 @@ def test_parts_have_transforms_of_their_own_and_give_their_images(images):
             assert np.array_equal(image, whole[index][0])
             assert target == index // 10
     _, loader_eval, _ = create_loaders(
-        args, CONFIG, train, held_out, device=torch.device("cpu"), img_dtype=None, collate_fn=None)
+        args, CONFIG, train, held_out, device=torch.device("cpu"), img_dtype=None, collate_fn=None
+    )
     assert isinstance(train.transform.transforms[0], RandomResizedCropAndInterpolation)
     assert not isinstance(held_out.transform.transforms[0], RandomResizedCropAndInterpolation)
     assert torch.cat([target for _, target in loader_eval]).tolist() == [0, 0, 1, 1, 2, 2]
@@ -127,8 +128,7 @@ def test_parts_have_transforms_of_their_own_and_give_their_images(images):
 def test_padded_crops_are_those_of_torchvision(images):
     args = parse("--data-dir", images, "--crop-padding", 3, "--color-jitter", 0, "--hflip", 0)
     train, _ = create_datasets(args, CONFIG)
-    loader, *_ = create_loaders(
-        args, CONFIG, train, None, device=torch.device("cpu"), img_dtype=None, collate_fn=None)
+    loader, *_ = create_loaders(args, CONFIG, train, None, device=torch.device("cpu"), img_dtype=None, collate_fn=None)
     expected, _ = create_datasets(parse("--data-dir", images), CONFIG)
     theirs = create_loader(expected, (3, 40, 36), 4, is_training=True, device=torch.device("cpu"),
                            mean=CONFIG["mean"], std=CONFIG["std"], num_workers=0)  # fmt: skip
@@ -178,47 +178,60 @@ def test_the_chosen_checkpoint_is_tested_once(images, tmp_path, capsys, caplog):
     assert other["loss"] != tested["loss"]
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--val-fraction 0", "--val-fraction 0.0: expected a share between 0 and 1"),
-    ("--val-fraction 1", "--val-fraction 1.0: expected a share between 0 and 1"),
-    ("--train-fraction 1.5", "--train-fraction 1.5: expected a share above 0"),
-    ("--train-fraction 0.1 --dataset wds/x", "--train-fraction 0.1: --dataset wds/x is a stream"),
-    ("--split-seed 4294967296", "--split-seed 4294967296: must be below"),
-    ("--crop-padding 4 --train-crop-mode rkrc", "--train-crop-mode rkrc: does not go with --crop-padding"),
-    ("--crop-padding 4 --scale 0.5 1", "--scale 0.5 1.0: does not go with --crop-padding"),
-    ("--crop-padding 4 --use-multi-epochs-loader", "--use-multi-epochs-loader: does not go with --crop-padding"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--val-fraction 0", "--val-fraction 0.0: expected a share between 0 and 1"),
+        ("--val-fraction 1", "--val-fraction 1.0: expected a share between 0 and 1"),
+        ("--train-fraction 1.5", "--train-fraction 1.5: expected a share above 0"),
+        ("--train-fraction 0.1 --dataset wds/x", "--train-fraction 0.1: --dataset wds/x is a stream"),
+        ("--split-seed 4294967296", "--split-seed 4294967296: must be below"),
+        ("--crop-padding 4 --train-crop-mode rkrc", "--train-crop-mode rkrc: does not go with --crop-padding"),
+        ("--crop-padding 4 --scale 0.5 1", "--scale 0.5 1.0: does not go with --crop-padding"),
+        ("--crop-padding 4 --use-multi-epochs-loader", "--use-multi-epochs-loader: does not go with --crop-padding"),
+    ],
+)
 def test_flags_that_cannot_be(flags, message):
     with pytest.raises(UsageError, match=message):
         parse(*flags.split())
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--val-fraction 0.1 --val-split test", "--val-split test: has no effect with --val-fraction"),
-    ("--test-split validation", "--test-split validation: the same images as --val-split validation"),
-    ("--test-split val", "--test-split val: the same images as --val-split validation"),
-    ("--test-split training", "--test-split training: the same images as --train-split train"),
-    ("--test-split tset", "--test-split tset: no such folder"),
-    ("--dataset digits --test-split test", "--test-split test: the same images as --val-split validation"),
-    ("--dataset torch/cifar10 --test-split test", "--test-split test: the same images as --val-split validation"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--val-fraction 0.1 --val-split test", "--val-split test: has no effect with --val-fraction"),
+        ("--test-split validation", "--test-split validation: the same images as --val-split validation"),
+        ("--test-split val", "--test-split val: the same images as --val-split validation"),
+        ("--test-split training", "--test-split training: the same images as --train-split train"),
+        ("--test-split tset", "--test-split tset: no such folder"),
+        ("--dataset digits --test-split test", "--test-split test: the same images as --val-split validation"),
+        ("--dataset torch/cifar10 --test-split test", "--test-split test: the same images as --val-split validation"),
+    ],
+)
 def test_splits_that_cannot_be(images, flags, message):
     with pytest.raises(UsageError, match=message):
         check_data_arguments(parse("--data-dir", images, *flags.split()))
 
 
-@pytest.mark.parametrize("flags", [
-    "--test-split test", "--val-fraction 0.1 --test-split validation",
-    "--dataset digits --val-fraction 0.1 --test-split val",
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--test-split test",
+        "--val-fraction 0.1 --test-split validation",
+        "--dataset digits --val-fraction 0.1 --test-split val",
+    ],
+)
 def test_splits_that_can_be(images, flags):
     check_data_arguments(parse("--data-dir", images, *flags.split()))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ("--val-fraction 0.01", "--val-fraction 0.01: holds out none of 30 images"),
-    ("--train-fraction 0.01", "--train-fraction 0.01: keeps none of 30 images"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--val-fraction 0.01", "--val-fraction 0.01: holds out none of 30 images"),
+        ("--train-fraction 0.01", "--train-fraction 0.01: keeps none of 30 images"),
+    ],
+)
 def test_parts_that_would_be_empty(images, flags, message):
     with pytest.raises(UsageError, match=message):
         create_datasets(parse("--data-dir", images, *flags.split()), CONFIG)

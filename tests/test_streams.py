@@ -25,7 +25,8 @@ from timm_alfa.train.data.loaders import create_loaders
 
 pytest.importorskip("webdataset")  # the test extra has it
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore:unclosed file:ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
     "ignore:.*use of fork:DeprecationWarning",
 )  # webdataset leaves its files to the garbage collector
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3, "interpolation": "bilinear", "crop_pct": 1}
@@ -87,7 +88,8 @@ def datasets_of(args: Any) -> tuple[Any, Any]:
 
 def loaders_of(args: Any, datasets: tuple[Any, Any]) -> tuple[Any, Any]:
     return create_loaders(
-        args, CONFIG, *datasets, device=torch.device("cpu"), img_dtype=torch.float32, collate_fn=None)[:2]
+        args, CONFIG, *datasets, device=torch.device("cpu"), img_dtype=torch.float32, collate_fn=None
+    )[:2]
 
 
 def refused(*arguments: Any, **known: Any) -> str:
@@ -130,10 +132,12 @@ def test_wrong_keys(shards: Path, tmp_path: Path):
 
 def test_missing_shards(shards: Path, tmp_path: Path):
     message = refused(shards, "--train-split", "train-{0..3}.tar|12")
-    assert message == (f"--train-split train-{{0..3}}.tar|12: 2 of 4 shards are missing, such as "
-                       f"{shards / 'train-2.tar'}")
+    assert message == (
+        f"--train-split train-{{0..3}}.tar|12: 2 of 4 shards are missing, such as {shards / 'train-2.tar'}"
+    )
     assert "--val-split other-{0..0}.tar|6: 1 of 1 shards are missing" in refused(
-        shards, "--val-split", "other-{0..0}.tar|6")
+        shards, "--val-split", "other-{0..0}.tar|6"
+    )
     assert "split train not found in info" in refused(shards, "--train-split", "train")
     root = write_shards(tmp_path, "train", [], [])
     assert "no samples in its 2 shards, such as " in refused(root)
@@ -143,8 +147,10 @@ def test_missing_shards(shards: Path, tmp_path: Path):
 
 def test_the_number_of_images_is_missing(shards: Path):
     message = refused(shards, "--val-split", "val-{0..0}.tar")
-    assert message == ("--val-split val-{0..0}.tar: does not say how many images it has; expected --val-num-samples N, "
-                       "or the split with '|N'")
+    assert message == (
+        "--val-split val-{0..0}.tar: does not say how many images it has; expected --val-num-samples N, "
+        "or the split with '|N'"
+    )
     assert "num_samples not specified in train mode" in refused(shards, "--train-split", "train-{0..1}.tar")
     datasets_of(parse(shards, "--val-split", "val-{0..0}.tar", "--val-num-samples", 6))
 
@@ -177,8 +183,9 @@ def test_more_workers_than_shards(shards: Path):
 def test_class_maps(shards: Path, tmp_path: Path):
     (tmp_path / "map.txt").write_text("cat\ndog\neel\n")
     message = refused(shards, "--class-map", tmp_path / "map.txt")
-    assert message == ("--train-split train-{0..1}.tar|12: the label 0 is not in --class-map, which has 'cat', 'dog', "
-                       "'eel', ...")
+    assert message == (
+        "--train-split train-{0..1}.tar|12: the label 0 is not in --class-map, which has 'cat', 'dog', 'eel', ..."
+    )
     (tmp_path / "map.pkl").write_bytes(pickle.dumps({0: 2, 1: 1, 2: 0}))
     args = parse(shards, "--class-map", tmp_path / "map.pkl")
     assert [target for _, target in datasets_of(args)[1]] == [2, 1, 0] * 2
@@ -194,7 +201,8 @@ def test_labels_beyond_the_models_outputs(shards: Path, tmp_path: Path):
     with pytest.raises(DataError) as caught:
         list(held_out)
     assert str(caught.value) == (
-        "--val-split val-{0..0}.tar|6: a label is 2, --num-classes 2 ends at 1; expected at least 3 classes")
+        "--val-split val-{0..0}.tar|6: a label is 2, --num-classes 2 ends at 1; expected at least 3 classes"
+    )
     root = write_shards(tmp_path, "train", [sample(5)], [sample(0)])
     assert "a label is 5, --num-classes 3 ends at 2; expected at least 6 classes" in refused(root)
     several = [sample(0, json=b'{"label": [0, 2]}')] * 2
@@ -218,7 +226,8 @@ def test_images_of_16_bits(tmp_path: Path, in_chans: int):
 
 
 def test_the_command_trains_on_shards_or_ends_in_one_line(
-        shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     command = ["--dataset", "wds/", "--data-dir", str(shards), "--train-split", "train-{0..1}.tar|12", "--val-split",
                "val-{0..0}.tar|6", "--workers", "0", "--batch-size", "4", "--model", "test_resnet", "--img-size", "32",
                "--epochs", "1", "--lr", "0.01", "--output", str(tmp_path), "--experiment", "run"]  # fmt: skip

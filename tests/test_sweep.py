@@ -45,18 +45,18 @@ def relative(found: Tensor | None, expected: Tensor | None, floor: float) -> flo
 
 
 def compare(
-        model: nn.Module,
-        images: Tensor,
-        target: Tensor,
-        blocks: list[str],
-        *,
-        criterion: Any = F.cross_entropy,
-        lam: float = 0.7,
-        gamma: float = 0.0,
-        reduction: Any = "sum",
-        values: list[float] | None = None,
-        rounds: int = 3,
-        **options: Any,
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    blocks: list[str],
+    *,
+    criterion: Any = F.cross_entropy,
+    lam: float = 0.7,
+    gamma: float = 0.0,
+    reduction: Any = "sum",
+    values: list[float] | None = None,
+    rounds: int = 3,
+    **options: Any,
 ) -> None:
     """The first step looks for what bypasses the blocks, the others cut the graph there."""
     options = {"alpha": 1 / 255, "norm": "l2", "learnable": values is not None, **options}
@@ -182,9 +182,7 @@ def test_bounds(norm: str) -> None:
 
 def test_uniform_start() -> None:
     model, images, target = family("resnet")
-    compare(
-        lively(model), images, target, ["layer4", "layer3"], eps=0.02, init="uniform", steps=2, values=[0.3, 0.7],
-    )
+    compare(lively(model), images, target, ["layer4", "layer3"], eps=0.02, init="uniform", steps=2, values=[0.3, 0.7])
 
 
 def test_a_block_without_influence_is_refused() -> None:
@@ -254,7 +252,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def half_precision_gradients(
-        model: nn.Module, images: Tensor, target: Tensor, how: str, *, shrink: float
+    model: nn.Module, images: Tensor, target: Tensor, how: str, *, shrink: float
 ) -> tuple[list[Tensor], Tensor]:
     """Of the second step, in units of the true gradient: the first one tells the sweep the loss's scale."""
 
@@ -303,7 +301,13 @@ def small_task(**options: Any) -> AlfaTask:
     torch.manual_seed(4)
     model = lively(UNet().double().train())
     return AlfaTask(
-        model, F.cross_entropy, ["down1", "down2", "middle", "up"], alpha=0.02, norm="l2", lam=0.8, verbose=False,
+        model,
+        F.cross_entropy,
+        ["down1", "down2", "middle", "up"],
+        alpha=0.02,
+        norm="l2",
+        lam=0.8,
+        verbose=False,
         **options,
     )
 
@@ -337,8 +341,9 @@ def test_sampled_blocks_are_unbiased(count: int, options: dict[str, Any]) -> Non
     losses, gradients = zip(*found.values(), strict=True)
     assert max(losses) - min(losses) > 1e-4
     torch.testing.assert_close(torch.stack(losses).mean(), expected_loss, rtol=1e-12, atol=0)
-    for mean, gradient in zip((torch.stack(parts).mean(0) for parts in zip(*gradients, strict=True)), expected,
-                              strict=True):
+    for mean, gradient in zip(
+        (torch.stack(parts).mean(0) for parts in zip(*gradients, strict=True)), expected, strict=True
+    ):
         torch.testing.assert_close(mean, gradient, rtol=1e-10, atol=1e-15)
 
 
@@ -368,8 +373,12 @@ def test_sampled_blocks_give_an_unbiased_gradient_of_eta() -> None:
 def draws(seed: int, steps: int, **options: Any) -> list[tuple[str, ...]]:
     torch.manual_seed(seed + 100)  # what else is random does not matter
     task = AlfaTask(
-        nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), F.cross_entropy, ["0", "1", "2", "3"], seed=seed,
-        verbose=False, **options,
+        nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))),
+        F.cross_entropy,
+        ["0", "1", "2", "3"],
+        seed=seed,
+        verbose=False,
+        **options,
     )
     inputs, target = torch.randn(2, 2), torch.tensor([0, 1])
     return [tuple(sorted(task(inputs, target)["loss_adv_by_block"])) for _ in range(steps)]

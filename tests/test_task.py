@@ -28,15 +28,15 @@ ALPHA = 1.0 / 255
 
 
 def _check(
-        model: nn.Module,
-        images: Tensor,
-        target: Tensor,
-        blocks: list[str],
-        *,
-        criterion: Any = F.cross_entropy,
-        lam: float = 0.7,
-        reduction: Any = "sum",
-        **options: Any,
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    blocks: list[str],
+    *,
+    criterion: Any = F.cross_entropy,
+    lam: float = 0.7,
+    reduction: Any = "sum",
+    **options: Any,
 ) -> None:
     """Three steps: the first one looks for what bypasses the blocks, the others cut the graph there."""
     task = AlfaTask(model, criterion, blocks, alpha=ALPHA, lam=lam, reduction=reduction, verbose=False, **options)
@@ -92,7 +92,10 @@ def test_parity_with_a_frozen_prefix(grad: str) -> None:
 @pytest.mark.parametrize(
     ("toy", "blocks"),
     [
-        (UNet, ["middle"]), (UNet, ["down1", "up"]), (Shared, ["block"]), (UNet, ["middle", "down2"]),
+        (UNet, ["middle"]),
+        (UNet, ["down1", "up"]),
+        (Shared, ["block"]),
+        (UNet, ["middle", "down2"]),
         (Dependent, ["chain"]),
     ],
 )

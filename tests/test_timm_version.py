@@ -35,7 +35,8 @@ def run(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "timm" / "__init__.py").write_text('__version__ = "1.0.27"\n')
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     return subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("code", ["import timm_alfa", "from timm_alfa.train import main"])
@@ -48,7 +49,8 @@ def test_an_import_raises_the_sentence(tmp_path, code):
 def test_a_module_of_someone_else_gets_the_error(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "__init__.py").write_text(
-        "try:\n    import timm_alfa\nexcept ImportError as error:\n    print(error)\n")
+        "try:\n    import timm_alfa\nexcept ImportError as error:\n    print(error)\n"
+    )
     (tmp_path / "other" / "__main__.py").write_text("")
     done = run(tmp_path, "-m", "other")
     assert (done.returncode, done.stdout) == (0, SENTENCE + "\n")

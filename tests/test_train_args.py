@@ -123,7 +123,8 @@ def test_config_replaces_defaults_and_the_command_line_goes_before_it(tmp_path: 
 
 def test_parsed_flags_come_back_from_a_saved_configuration(tmp_path: Path):
     first = parse_args(
-        ["--opt-kwargs", "foreach=True", "--lr", "1e-3", "--torchcompile", "--input-size", "3", "8", "8"])
+        ["--opt-kwargs", "foreach=True", "--lr", "1e-3", "--torchcompile", "--input-size", "3", "8", "8"]
+    )
     path = _write(tmp_path, yaml.safe_dump(vars(first)))
     assert parse_args(["-c", path]) == first
 

@@ -36,7 +36,8 @@ def _batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def _optimizer_and_schedule(model: nn.Module) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.1)
     return optimizer, CosineLRScheduler(
-        optimizer, t_initial=STEPS * EPOCHS, warmup_t=5, warmup_lr_init=1e-5, t_in_epochs=False)
+        optimizer, t_initial=STEPS * EPOCHS, warmup_t=5, warmup_lr_init=1e-5, t_in_epochs=False
+    )
 
 
 def _assert_equal(ours: nn.Module, theirs: nn.Module) -> None:

@@ -16,7 +16,8 @@ import torch
 from training_images import make_image_folder
 
 pytestmark = pytest.mark.skipif(
-    "TIMM_TRAIN_PY" not in os.environ, reason="TIMM_TRAIN_PY names no copy of timm's train.py")
+    "TIMM_TRAIN_PY" not in os.environ, reason="TIMM_TRAIN_PY names no copy of timm's train.py"
+)
 
 COMMON = (
     "--model test_resnet --img-size 32 --num-classes 3 --batch-size 4 --epochs 3 --warmup-epochs 1 --workers 0 "

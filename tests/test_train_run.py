@@ -47,10 +47,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_leaves_checkpoints_records_and_a_plain_model(
-        images: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        caplog: pytest.LogCaptureFixture,
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):
     arguments = _arguments(images, tmp_path, "--epochs 2 --channels-last --amp --amp-dtype bfloat16 --save-images")
     with caplog.at_level(logging.INFO):
@@ -143,10 +140,7 @@ def test_milestones_are_kept_and_do_not_change_the_run(images: Path, tmp_path: P
 
 
 def test_an_interrupted_run_keeps_its_recovery_checkpoint_and_goes_on_from_it(
-        images: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     save_recovery = loop.save_recovery
 
@@ -168,9 +162,16 @@ def test_an_interrupted_run_keeps_its_recovery_checkpoint_and_goes_on_from_it(
 
 
 def test_batches_of_several_sizes(images: Path, tmp_path: Path):
-    main(_arguments(images, tmp_path, (
-        "--epochs 1 --lr-base 0.1 --lr 0 --train-img-sizes 32 48 --train-batch-sizes 8 4 "
-        "--variable-batch-loss-scale linear --no-prefetcher --mixup 0.1 --log-tensorboard")))
+    main(
+        _arguments(
+            images,
+            tmp_path,
+            (
+                "--epochs 1 --lr-base 0.1 --lr 0 --train-img-sizes 32 48 --train-batch-sizes 8 4 "
+                "--variable-batch-loss-scale linear --no-prefetcher --mixup 0.1 --log-tensorboard"
+            ),
+        )
+    )
     row = read_summary(tmp_path / "run")[0]
     assert float(row["train_loss"]) > 0
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
@@ -199,11 +200,7 @@ def test_batches_of_several_sizes(images: Path, tmp_path: Path):
     ],
 )
 def test_a_run_that_cannot_start_says_so_in_one_line_and_writes_nothing(
-        images: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        extra: str,
-        expected: str,
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: str, expected: str
 ):
     folder = tmp_path / "out" / "run"
     folder.mkdir(parents=True)
@@ -239,10 +236,7 @@ def test_metrics_go_to_wandb(images: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(
-        images: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     main(_arguments(images, tmp_path, "--epochs 2 --stop-epoch 1"))
     before = _checkpoint(tmp_path / "run" / "last.pth.tar")
@@ -262,11 +256,11 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(
 
 
 def test_on_a_terminal_a_bar_replaces_the_lines_between_the_last_ones(
-        images: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-        caplog: pytest.LogCaptureFixture,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with caplog.at_level(logging.INFO):
@@ -288,9 +282,7 @@ def test_a_dry_run_writes_nothing(images: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_alfa_is_logged_recorded_and_leaves_a_plain_model(
-        images: Path,
-        tmp_path: Path,
-        caplog: pytest.LogCaptureFixture,
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.INFO):
         main(_arguments(images, tmp_path, "--epochs 1 --alfa-blocks layer3 @last --alfa-steps 2 --model-ema"))
@@ -298,7 +290,8 @@ def test_alfa_is_logged_recorded_and_leaves_a_plain_model(
     assert "Adv:" in caplog.text
     row = read_summary(tmp_path / "run")[0]
     assert float(row["train_loss"]) == pytest.approx(
-        sum(float(row[f"train_loss_{part}"]) for part in ("clean", "adv_layer3", "adv_layer4")))
+        sum(float(row[f"train_loss_{part}"]) for part in ("clean", "adv_layer3", "adv_layer4"))
+    )
     model = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(tmp_path / "run/model.safetensors"))
     average = _checkpoint(tmp_path / "run" / "model_best.pth.tar")["state_dict_ema"]
     assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())

@@ -25,7 +25,8 @@ def run(folder: Path, *command: str | Path) -> str:
     """Run a command in a folder of its own, without what this process has on its path; returns what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [str(word) for word in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+        [str(word) for word in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -68,7 +69,8 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source_files() -> set[str]:
     """Every file of the package in the repository, as it is to be in the wheel."""
     return {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "timm_alfa").rglob("*")
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "timm_alfa").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
 
@@ -91,8 +93,17 @@ def test_the_sdist_holds_what_tests_and_a_build_need(dist: Path):
     others = names - source_files() - tests
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "train_alfa.py", ".ci/run"} <= others
     assert {name.split("/")[0] for name in others} <= {
-        "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "train_alfa.py", ".ci", ".gitignore", "PKG-INFO",
-        "tests", "patches", "results",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "train_alfa.py",
+        ".ci",
+        ".gitignore",
+        "PKG-INFO",
+        "tests",
+        "patches",
+        "results",
     }
 
 
@@ -126,9 +137,35 @@ def test_every_program_and_module_shows_its_help(bin_folder: Path, wheel: Path, 
 
 def test_the_digits_job_and_its_export_run_in_an_empty_folder(bin_folder: Path, tmp_path: Path):
     run(
-        tmp_path, bin_folder / "timm-alfa-train", "--dataset", "digits", "--img-size", "16", "--model", "resnet20s",
-        "--alfa-blocks", "layer3", "--experiment", "digits", "--epochs", "2", "--batch-size", "64", "--opt", "adamw",
-        "--lr", "4e-3", "--warmup-epochs", "0", "--scale", "0.7", "1", "--hflip", "0", "--workers", "0",
+        tmp_path,
+        bin_folder / "timm-alfa-train",
+        "--dataset",
+        "digits",
+        "--img-size",
+        "16",
+        "--model",
+        "resnet20s",
+        "--alfa-blocks",
+        "layer3",
+        "--experiment",
+        "digits",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "64",
+        "--opt",
+        "adamw",
+        "--lr",
+        "4e-3",
+        "--warmup-epochs",
+        "0",
+        "--scale",
+        "0.7",
+        "1",
+        "--hflip",
+        "0",
+        "--workers",
+        "0",
     )
     folder = tmp_path / "output" / "train" / "digits"
     assert {"args.yaml", "summary.csv", "last.pth.tar", "model.safetensors", "config.json"} <= set(os.listdir(folder))

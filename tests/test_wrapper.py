@@ -263,8 +263,9 @@ def test_bfloat16_autocast_does_not_round_the_perturbation_away() -> None:
 
 def _share_of_zero_signs(dtype: torch.dtype | None) -> float:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                          nn.Linear(32, 10)).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    ).train()
     images = torch.randn(16, 3, 32, 32)
     target = torch.randint(0, 10, (16,))
     alfa = AlfaWrapper(model, lambda output, target: F.cross_entropy(output, target) * 1e-2, "0")

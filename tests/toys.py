@@ -12,22 +12,32 @@ from torch import Tensor, nn
 # family: (architecture, arguments, image size, one block, a second block)
 FAMILIES: dict[str, tuple[str, dict[str, Any], int, str, str]] = {
     "resnet": (
-        "resnet18", {"channels": (8, 16, 24, 32), "zero_init_last": False, "drop_path_rate": 0.2}, 64, "layer4",
+        "resnet18",
+        {"channels": (8, 16, 24, 32), "zero_init_last": False, "drop_path_rate": 0.2},
+        64,
+        "layer4",
         "layer3",
     ),
     "efficientnet": ("test_efficientnet", {"drop_path_rate": 0.2}, 64, "blocks.4", "blocks.2"),
     "vit": (
         "vit_tiny_patch16_224",
         {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "drop_path_rate": 0.2},
-        32, "blocks.2", "blocks.0",
+        32,
+        "blocks.2",
+        "blocks.0",
     ),
     "convnext": (
         "convnext_atto",
         {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "ls_init_value": 0.5, "drop_path_rate": 0.2},
-        64, "stages.3", "stages.1",
+        64,
+        "stages.3",
+        "stages.1",
     ),
     "densenet": (
-        "densenet121", {"growth_rate": 8, "block_config": (2, 2, 2, 2)}, 64, "features.denseblock4",
+        "densenet121",
+        {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
+        64,
+        "features.denseblock4",
         "features.denseblock2",
     ),
 }

@@ -68,13 +68,13 @@ class Eta:
     """
 
     def __init__(
-            self,
-            blocks: Sequence[str],
-            *,
-            learnable: bool = False,
-            eta_set: EtaSet = "hyperplane",
-            lr: float = 0.01,
-            momentum: float = 0.9,
+        self,
+        blocks: Sequence[str],
+        *,
+        learnable: bool = False,
+        eta_set: EtaSet = "hyperplane",
+        lr: float = 0.01,
+        momentum: float = 0.9,
     ):
         self.blocks = list(blocks)
         self.learnable = learnable

@@ -51,11 +51,11 @@ class AlfaLoss:
     """
 
     def __init__(
-            self,
-            criterion: Callable[[Any, Any], Tensor],
-            lam: float = 1.0,
-            gamma: float = 0.0,
-            reduction: Reduction = "sum",
+        self,
+        criterion: Callable[[Any, Any], Tensor],
+        lam: float = 1.0,
+        gamma: float = 0.0,
+        reduction: Reduction = "sum",
     ):
         for name, value in (("lam", lam), ("gamma", gamma)):
             if not (math.isfinite(value) and value >= 0):

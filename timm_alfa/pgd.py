@@ -104,12 +104,12 @@ def project(delta: Sequence[Tensor], eps: Scale | None, norm: Norm) -> list[Tens
 
 
 def pgd_step(
-        delta: Sequence[Tensor] | None,
-        gradients: Sequence[Tensor],
-        *,
-        alpha: Scale,
-        norm: Norm = "linf",
-        eps: Scale | None = None,
+    delta: Sequence[Tensor] | None,
+    gradients: Sequence[Tensor],
+    *,
+    alpha: Scale,
+    norm: Norm = "linf",
+    eps: Scale | None = None,
 ) -> list[Tensor]:
     """One step of Eq. 4: Proj[delta + alpha * sgn(g)], or with g / ||g||_2 for ``l2``.
 
@@ -131,14 +131,14 @@ def pgd_step(
 
 
 def pgd(
-        gradient_at: Callable[[list[Tensor]], Sequence[Tensor]],
-        delta: Sequence[Tensor],
-        *,
-        steps: int,
-        alpha: Scale,
-        norm: Norm = "linf",
-        eps: Scale | None = None,
-        valid: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    gradient_at: Callable[[list[Tensor]], Sequence[Tensor]],
+    delta: Sequence[Tensor],
+    *,
+    steps: int,
+    alpha: Scale,
+    norm: Norm = "linf",
+    eps: Scale | None = None,
+    valid: Callable[[list[Tensor]], list[Tensor]] | None = None,
 ) -> list[Tensor]:
     """``steps`` times Eq. 4 from ``delta``.
 

@@ -44,9 +44,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def wrap_task(
-        args: argparse.Namespace,
-        task: ClassificationTask,
-        data_config: Mapping[str, Any] | None = None,
+    args: argparse.Namespace, task: ClassificationTask, data_config: Mapping[str, Any] | None = None
 ) -> ClassificationTask:
     """The task to train with, in place of the one that the script created.
 

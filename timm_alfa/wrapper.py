@@ -90,21 +90,21 @@ class AlfaWrapper(nn.Module):
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor],
-            blocks: str | Sequence[str],
-            *,
-            alpha: float | str | Relative = 0.5 / 255,
-            steps: int = 1,
-            eps: float | str | Relative | None = None,
-            norm: Norm = "linf",
-            init: Init = "zero",
-            grad: Gradient = "full",
-            bn: BatchNormMode = "clean",
-            learnable: bool = False,
-            eta_set: EtaSet = "hyperplane",
-            eta_lr: float = 0.01,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor],
+        blocks: str | Sequence[str],
+        *,
+        alpha: float | str | Relative = 0.5 / 255,
+        steps: int = 1,
+        eps: float | str | Relative | None = None,
+        norm: Norm = "linf",
+        init: Init = "zero",
+        grad: Gradient = "full",
+        bn: BatchNormMode = "clean",
+        learnable: bool = False,
+        eta_set: EtaSet = "hyperplane",
+        eta_lr: float = 0.01,
     ):
         super().__init__()
         _check_model(model)
@@ -114,7 +114,10 @@ class AlfaWrapper(nn.Module):
         if not (math.isfinite(eta_lr) and eta_lr > 0):
             raise ValueError(f"eta_lr: expected a finite learning rate above 0, found {eta_lr}")
         for name, value, choices in (
-            ("norm", norm, NORMS), ("init", init, INITS), ("grad", grad, GRADIENTS), ("bn", bn, BATCH_NORM_MODES),
+            ("norm", norm, NORMS),
+            ("init", init, INITS),
+            ("grad", grad, GRADIENTS),
+            ("bn", bn, BATCH_NORM_MODES),
             ("eta_set", eta_set, ETA_SETS),
         ):
             if value not in choices:
@@ -266,12 +269,12 @@ class AlfaWrapper(nn.Module):
         }
 
     def find_delta(
-            self,
-            recording: Recording,
-            name: str,
-            target: Any,
-            first_gradient: Sequence[Tensor] | None = None,
-            note: Callable[[Sequence[Tensor]], object] | None = None,
+        self,
+        recording: Recording,
+        name: str,
+        target: Any,
+        first_gradient: Sequence[Tensor] | None = None,
+        note: Callable[[Sequence[Tensor]], object] | None = None,
     ) -> list[Tensor]:
         """The perturbation of one block after K steps of Eq. 4; finite, whatever the gradients are.
 
@@ -326,7 +329,7 @@ class AlfaWrapper(nn.Module):
         return self.replay(recording, name, feature.rebuild(self.perturbed(name, feature, tensors, delta)))
 
     def perturbed(
-            self, name: str, feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor],
+        self, name: str, feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor]
     ) -> list[Tensor]:
         """f_i + eta_i * delta_i.
 
@@ -371,12 +374,7 @@ class AlfaWrapper(nn.Module):
         return self._replay
 
     def _gradient(
-            self,
-            output: Any,
-            target: Any,
-            inputs: Sequence[Tensor],
-            features: Sequence[Tensor],
-            retain_graph: bool = False,
+        self, output: Any, target: Any, inputs: Sequence[Tensor], features: Sequence[Tensor], retain_graph: bool = False
     ) -> tuple[Tensor | None, ...]:
         loss = scalar_loss(self.criterion, output, target)
         return attack_gradients(loss, inputs, (output, features), retain_graph=retain_graph)

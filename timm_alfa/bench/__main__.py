@@ -1,4 +1,5 @@
 """Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader``, ``paper`` and ``finetune``."""
+
 import sys
 
 from . import loader, loop, step

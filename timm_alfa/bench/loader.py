@@ -74,7 +74,8 @@ def endless(args: argparse.Namespace, *, cached: bool) -> Iterator[Any]:
     data_config = resolve_preprocessing(args, build_model(args))
     train, _ = create_datasets(args, data_config)
     loader, *_ = create_loaders(
-        args, data_config, train, None, device=torch.device("cpu"), img_dtype=torch.float32, collate_fn=None)
+        args, data_config, train, None, device=torch.device("cpu"), img_dtype=torch.float32, collate_fn=None
+    )
     batches = chain.from_iterable(repeat(loader))
     next(batches)
     return batches
@@ -85,8 +86,12 @@ def render(record: dict[str, Any]) -> str:
     speeds = record["images_per_second"]
     first = next(iter(speeds.values()))
     lines = [
-        f"`{record['command']}`", "", f"{record['machine']}; one thread, seconds of the processor.", "",
-        "| loader | images/s | against timm's |", "| --- | ---: | ---: |",
+        f"`{record['command']}`",
+        "",
+        f"{record['machine']}; one thread, seconds of the processor.",
+        "",
+        "| loader | images/s | against timm's |",
+        "| --- | ---: | ---: |",
         *(f"| {name} | {speed:,.0f} | {speed / first:.1f} |" for name, speed in speeds.items()),
     ]
     return "\n".join(lines)

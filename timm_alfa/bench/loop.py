@@ -99,8 +99,16 @@ def plain_epoch(args: argparse.Namespace, images: Images) -> Callable[[], None]:
     config = resolve_data_config({"img_size": args.img_size}, model=model)
     dataset: Any = images  # which timm means to be a folder
     loader: Any = create_loader(
-        dataset, config["input_size"], args.batch_size, is_training=True, num_workers=0, mean=config["mean"],
-        std=config["std"], device=torch.device(args.device), pin_memory=False, persistent_workers=False,
+        dataset,
+        config["input_size"],
+        args.batch_size,
+        is_training=True,
+        num_workers=0,
+        mean=config["mean"],
+        std=config["std"],
+        device=torch.device(args.device),
+        pin_memory=False,
+        persistent_workers=False,
     )
     criterion = nn.CrossEntropyLoss()
     optimizer = create_optimizer_v2(model, **OPTIMIZER)
@@ -145,12 +153,16 @@ def command_epoch(args: argparse.Namespace, images: Images) -> Callable[[], obje
 def render(record: dict[str, Any]) -> str:
     """A Markdown table of a record."""
     lines = [
-        f"`{record['command']}`", "",
-        f"{record['machine']}; input {'x'.join(map(str, record['input']))}, epochs of {record['batches']} steps.", "",
+        f"`{record['command']}`",
+        "",
+        f"{record['machine']}; input {'x'.join(map(str, record['input']))}, epochs of {record['batches']} steps.",
+        "",
         "| loop | time / plain | 95% interval | images/s |",
         "| --- | ---: | ---: | ---: |",
     ]
     for row in record["rows"]:
-        lines.append(f"| {row['name']} | {row['ratio']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
-                     f"{row['images_per_second']:.1f} |")
+        lines.append(
+            f"| {row['name']} | {row['ratio']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
+            f"{row['images_per_second']:.1f} |"
+        )
     return "\n".join(lines)

@@ -16,20 +16,40 @@ ONE_BY_ONE = {"alfa": variants.alfa, "alfa-wrapper": variants.alfa_wrapper, "rel
 JOINT = {"l-alfa": variants.l_alfa, "l-alfa-drawn": variants.l_alfa_drawn}
 PIXELS = {"advprop": variants.advprop, "pgd-at": variants.pgd_at}
 METHODS = (
-    "alfa", "alfa-wrapper", "l-alfa", "l-alfa-drawn", "released", "advprop", "fast-advprop", "noise", "moex", "pgd-at",
+    "alfa",
+    "alfa-wrapper",
+    "l-alfa",
+    "l-alfa-drawn",
+    "released",
+    "advprop",
+    "fast-advprop",
+    "noise",
+    "moex",
+    "pgd-at",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which methods, at which blocks, with how many steps of attack."""
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["alfa"], metavar="NAME",
-                        help=f"beside plain training: {', '.join(METHODS)} (default: alfa)")
-    parser.add_argument("--blocks", nargs="+", default=["@last"], metavar="NAME",
-                        help="blocks, one at a time; together for l-alfa, one drawn per step for l-alfa-drawn "
-                             "(default: @last)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["alfa"],
+        metavar="NAME",
+        help=f"beside plain training: {', '.join(METHODS)} (default: alfa)",
+    )
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        default=["@last"],
+        metavar="NAME",
+        help="blocks, one at a time; together for l-alfa, one drawn per step for l-alfa-drawn (default: @last)",
+    )
     parser.add_argument("--together", action="store_true", help="all blocks together for the other methods too")
-    parser.add_argument("--steps", nargs="+", type=int, default=[1, 5], metavar="K",
-                        help="steps of every attack (default: 1 5)")
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[1, 5], metavar="K", help="steps of every attack (default: 1 5)"
+    )
     parser.add_argument("--moex-block", default=None, metavar="NAME", help="for moex (default: the first stage)")
 
 

@@ -85,11 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(
-        args: argparse.Namespace,
-        variants: Sequence[Variant],
-        model: nn.Module,
-        images: Tensor,
-        target: Tensor,
+    args: argparse.Namespace, variants: Sequence[Variant], model: nn.Module, images: Tensor, target: Tensor
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Times and floors, one row per method, each on a copy of the model; and why others were left out."""
     steps: dict[str, Callable[[], None]] = {}
@@ -116,15 +112,23 @@ def measure(
 def render(record: dict[str, Any]) -> str:
     """A Markdown table of a record."""
     lines = [
-        f"`{record['command']}`", "",
-        f"{record['machine']}; input {'x'.join(map(str, record['input']))}.", "",
+        f"`{record['command']}`",
+        "",
+        f"{record['machine']}; input {'x'.join(map(str, record['input']))}.",
+        "",
         "| step | time / plain | 95% interval | floor | images/s | peak memory / plain |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in record["rows"]:
         memory = f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else ""
-        cells = [row["name"], f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", f"{row['floor']:.3f}",
-                 f"{row['images_per_second']:.1f}", memory]
+        cells = [
+            row["name"],
+            f"{row['ratio']:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            f"{row['floor']:.3f}",
+            f"{row['images_per_second']:.1f}",
+            memory,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [f"\nLeft out: {name} ({reason})." for name, reason in record["left_out"].items()]
     return "\n".join(lines)
@@ -138,12 +142,7 @@ def _batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def _step(
-        args: argparse.Namespace,
-        variant: Variant,
-        model: nn.Module,
-        images: Tensor,
-        target: Tensor,
-        compiled: bool = False,
+    args: argparse.Namespace, variant: Variant, model: nn.Module, images: Tensor, target: Tensor, compiled: bool = False
 ) -> Callable[[], None]:
     loss_of = variant.build(model, images, compiled)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)  # auxiliary norms are parameters now too

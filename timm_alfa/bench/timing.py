@@ -30,12 +30,12 @@ class Ratio:
 
 
 def compare(
-        functions: Mapping[str, Callable[[], object]],
-        *,
-        rounds: int,
-        warmup: int = 2,
-        device: torch.device | None = None,
-        seed: int = 0,
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    device: torch.device | None = None,
+    seed: int = 0,
 ) -> dict[str, Ratio]:
     """Call every function once per round, in a new random order each time.
 

@@ -149,9 +149,7 @@ def label(blocks: Sequence[str]) -> str:
 
 
 def _task(
-        name: str,
-        create: Callable[[nn.Module, Tensor], ClassificationTask],
-        draws_from: tuple[Variant, ...] = (),
+    name: str, create: Callable[[nn.Module, Tensor], ClassificationTask], draws_from: tuple[Variant, ...] = ()
 ) -> Variant:
     def build(model: nn.Module, images: Tensor, compiled: bool) -> Loss:
         task: Any = create(model, images)

@@ -121,7 +121,8 @@ def _feature_modules(model: nn.Module) -> Iterator[str]:
 def _torchvision_stages(model: nn.Module) -> list[str]:
     """Numbered children (``layer1`` to ``layer4``), or what its list of stages holds, without stem and last layers."""
     numbered = [
-        name for name, child in model.named_children()
+        name
+        for name, child in model.named_children()
         if name.rstrip("0123456789") in ("layer", "stage") and name[-1].isdigit() and has_forward(child)
     ]
     if numbered:

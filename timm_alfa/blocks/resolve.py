@@ -71,10 +71,7 @@ def resolve_blocks(model: nn.Module, blocks: str | Sequence[str]) -> dict[str, n
 
 
 def list_blocks(
-        model: nn.Module,
-        input_size: tuple[int, ...] | None = None,
-        *,
-        depth: int | None = 2,
+    model: nn.Module, input_size: tuple[int, ...] | None = None, *, depth: int | None = 2
 ) -> list[BlockInfo]:
     """What can be named as a block, in order of execution.
 
@@ -102,9 +99,12 @@ def format_blocks(infos: Sequence[BlockInfo], marked: Sequence[str] = ()) -> str
     """A table of blocks for people; ``marked`` names get an arrow."""
     rows = [("block", "type", "output", "tail FLOPs")]
     rows += [
-        (("> " if info.name in marked else "") + info.name + (" *" if info.is_stage else ""), info.type,
-         "x".join(map(str, info.shape)) if info.shape and isinstance(info.shape[0], int) else str(info.shape),
-         _percent(info.tail_share))
+        (
+            ("> " if info.name in marked else "") + info.name + (" *" if info.is_stage else ""),
+            info.type,
+            "x".join(map(str, info.shape)) if info.shape and isinstance(info.shape[0], int) else str(info.shape),
+            _percent(info.tail_share),
+        )
         for info in infos
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

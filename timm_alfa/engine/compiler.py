@@ -70,4 +70,5 @@ def refuse_cuda_graphs(model: nn.Module, options: Mapping[str, Any]) -> None:
         asked = f"mode {mode!r}" if mode else f"backend {backend!r} with these options"
         raise ValueError(
             f"{asked} makes CUDA graphs, which overwrite features that later passes need; "
-            "expected the default mode or 'max-autotune-no-cudagraphs'")
+            "expected the default mode or 'max-autotune-no-cudagraphs'"
+        )

@@ -22,11 +22,7 @@ def is_float16(output: Any) -> bool:
 
 
 def attack_gradients(
-        loss: Tensor,
-        inputs: Sequence[Tensor],
-        output: Any,
-        *,
-        retain_graph: bool = False,
+    loss: Tensor, inputs: Sequence[Tensor], output: Any, *, retain_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
     """d loss / d inputs, outside of autocast; in float16 times the largest of some factors that does not overflow.
 

@@ -61,17 +61,17 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, first: int
 
 
 def _convolution_backward(
-        grad_out: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias_sizes: Any,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        transposed: bool,
-        output_padding: Any,
-        groups: int,
-        output_mask: Sequence[bool],
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    output_mask: Sequence[bool],
 ) -> int:
     """The forward's FLOPs for the input's gradient, and again for the weight's."""
     forward = conv_flop_count(list(x.shape), list(weight.shape), list(grad_out.shape), transposed=transposed)

@@ -171,11 +171,7 @@ class Replay:
         return {**self.__dict__, "_sources": None, "_drawn_from": ()}
 
     def record(
-            self,
-            args: tuple[Any, ...],
-            kwargs: Mapping[str, Any] | None = None,
-            *,
-            cut: Collection[str] = (),
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, cut: Collection[str] = ()
     ) -> Recording:
         """Run the model once and remember what replays need.
 
@@ -578,8 +574,10 @@ def _candidates(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[_
     chosen = {id(module): name for name, module in blocks.items()}
     hidden = {
         id(child)
-        for module in model.modules() if isinstance(module, OptimizedModule)
-        for child in module.modules() if child is not module
+        for module in model.modules()
+        if isinstance(module, OptimizedModule)
+        for child in module.modules()
+        if child is not module
     }  # compiled code calls these, and would take an interception for a part of them
     for name, module in model.named_modules():
         if id(module) in hidden:

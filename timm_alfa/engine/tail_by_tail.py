@@ -77,12 +77,12 @@ class Sweep:
         self._loss_scale: Tensor | float = FIRST_FLOAT16_SCALE  # what the last backward multiplied the loss by
 
     def __call__(
-            self,
-            input: Any,
-            target: Any,
-            clean_weight: float,
-            weights: Mapping[str, float],
-            observe: Observer | None = None,
+        self,
+        input: Any,
+        target: Any,
+        clean_weight: float,
+        weights: Mapping[str, float],
+        observe: Observer | None = None,
     ) -> Swept:
         """One forward, all attacks, and all gradients up to the first block.
 
@@ -122,14 +122,14 @@ class Sweep:
         return swept
 
     def _attack(
-            self,
-            recording: Recording,
-            cut: Cut,
-            target: Any,
-            weight: float,
-            gradients: _Gradients,
-            swept: Swept,
-            observe: Observer | None,
+        self,
+        recording: Recording,
+        cut: Cut,
+        target: Any,
+        weight: float,
+        gradients: _Gradients,
+        swept: Swept,
+        observe: Observer | None,
     ) -> None:
         """Perturb one block, and add its adversarial loss's value and gradients."""
         alfa, block = self.alfa, cut.block
@@ -257,12 +257,12 @@ class _Gradients:
         return [None if clean is None else clean * self.clean_weight for clean in self.clean[cut.order]]
 
     def _walk(
-            self,
-            outputs: Sequence[Tensor],
-            gradients: Sequence[Tensor | None],
-            leaves: list[Tensor],
-            before: int,
-            with_weights: bool = True,
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        leaves: list[Tensor],
+        before: int,
+        with_weights: bool = True,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
         """Gradients at ``leaves``, at the cuts before ``before``, and of the weights."""
         pairs = [
@@ -307,10 +307,7 @@ class _Gradients:
                     self.ends.add(id(leaf))
 
     def _accumulate_cuts(
-            self,
-            totals: dict[int, list[Tensor | None]],
-            found: Sequence[Tensor | None],
-            weight: float,
+        self, totals: dict[int, list[Tensor | None]], found: Sequence[Tensor | None], weight: float
     ) -> None:
         remaining = iter(found)
         for cut in self.cuts:
@@ -325,12 +322,7 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def forward(
-            ctx: Any,
-            loss: Tensor,
-            sweep: Sweep,
-            scale: Tensor | float,
-            gradients: list[Tensor],
-            *tensors: Tensor,
+        ctx: Any, loss: Tensor, sweep: Sweep, scale: Tensor | float, gradients: list[Tensor], *tensors: Tensor
     ) -> Tensor:
         ctx.sweep, ctx.scale, ctx.gradients = sweep, scale, gradients
         ctx.dtypes = [tensor.dtype for tensor in tensors]

@@ -80,16 +80,22 @@ def _front_matter(run: TrainedRun, name: str, license: str | None) -> dict[str, 
     if hub_name is not None:
         front["datasets"] = [hub_name]
     if accuracies:
-        front["model-index"] = [{
-            "name": name,
-            "results": [{
-                "task": {"type": "image-classification"},
-                "dataset": {"name": shown, "type": hub_name or "imagefolder", "split": split},
-                "metrics": [
-                    {"type": "accuracy", "name": label, "value": round(value, 3)} for label, value in measured.items()
+        front["model-index"] = [
+            {
+                "name": name,
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": shown, "type": hub_name or "imagefolder", "split": split},
+                        "metrics": [
+                            {"type": "accuracy", "name": label, "value": round(value, 3)}
+                            for label, value in measured.items()
+                        ],
+                    }
+                    for split, measured in accuracies.items()
                 ],
-            } for split, measured in accuracies.items()],
-        }]
+            }
+        ]
     return front
 
 
@@ -109,7 +115,8 @@ def _accuracies(run: TrainedRun) -> dict[str, dict[str, float]]:
     found = {str(run.test.get("split")): run.test, _validation_split(run.args): validation}
     return {
         split: {label: float(values[key]) for key, label in _MEASURES.items()}
-        for split, values in found.items() if values.keys() >= _MEASURES.keys()
+        for split, values in found.items()
+        if values.keys() >= _MEASURES.keys()
     }
 
 
@@ -119,8 +126,10 @@ def _validation_split(args: argparse.Namespace) -> str:
 
 def _summary(run: TrainedRun) -> str:
     data = _dataset(run.args)[0]
-    return (f"A plain timm `{_architecture(run)}`, trained on {data} with {_method(run)} by timm-alfa. These "
-            "are the weights of the bare network: nothing of the training method is left in them.")
+    return (
+        f"A plain timm `{_architecture(run)}`, trained on {data} with {_method(run)} by timm-alfa. These "
+        "are the weights of the bare network: nothing of the training method is left in them."
+    )
 
 
 def _architecture(run: TrainedRun) -> str:
@@ -140,7 +149,8 @@ def _results(run: TrainedRun) -> str:
     lines = [
         f"- {label}: {value:.2f} % on the `{split}` split"
         + (", which chose the epoch too" if run.source == BEST and split == _validation_split(run.args) else "")
-        for split, measured in _accuracies(run).items() for label, value in measured.items()
+        for split, measured in _accuracies(run).items()
+        for label, value in measured.items()
     ]
     return "\n".join(["## Results", "", *(lines or ["- Not measured for these weights."]), f"- Weights: {weights}"])
 
@@ -152,7 +162,8 @@ def _training(run: TrainedRun) -> str:
         values = {name: getattr(args, name) for name in names}
         shown = ", ".join(
             f"{name.removeprefix('alfa_').replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
-            for name, value in values.items() if value is not None
+            for name, value in values.items()
+            if value is not None
         )
         blocks = ", ".join(f"`{block}`" for block in resolve_blocks(run.model, args.alfa_blocks))
         lines.append(f"- {_method(run)} at {blocks}: {shown}")
@@ -182,6 +193,9 @@ def _use(run: TrainedRun, onnx: bool) -> str:
         "```",
     ]
     if onnx:
-        lines += ["", f"`{ONNX_FILE}` takes `image` [B, {channels}, {height}, {width}] for any B, normalised as the "
-                      "transform does, and gives `logits` [B, classes]."]
+        lines += [
+            "",
+            f"`{ONNX_FILE}` takes `image` [B, {channels}, {height}, {width}] for any B, normalised as the "
+            "transform does, and gives `logits` [B, classes].",
+        ]
     return "\n".join(lines)

@@ -24,14 +24,14 @@ _logger = logging.getLogger(__name__)
 
 
 def export_run(
-        folder: str | Path,
-        output: str | Path | None = None,
-        *,
-        checkpoint: str | None = None,
-        ema: bool | None = None,
-        onnx: bool = True,
-        license: str | None = None,
-        name: str | None = None,
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    checkpoint: str | None = None,
+    ema: bool | None = None,
+    onnx: bool = True,
+    license: str | None = None,
+    name: str | None = None,
 ) -> list[Path]:
     """Write ``model.safetensors``, ``config.json``, ``model.onnx`` and ``README.md``, each replacing an older one.
 
@@ -62,7 +62,8 @@ def export_run(
     try:
         written = [
             export_model(
-                run.model, output, state_dict=run.weights, data_config=run.data_config, label_names=run.label_names),
+                run.model, output, state_dict=run.weights, data_config=run.data_config, label_names=run.label_names
+            ),
             output / CONFIG_FILE,
         ]
         for stale in (ONNX_FILE, ONNX_DATA_FILE):
@@ -106,15 +107,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 2 after a user's mistake, 1 when the model cannot be exported to ONNX.
     """
-    parser = argparse.ArgumentParser(prog="timm-alfa-export", description=(
-        "Write the model of a training run as timm weights, ONNX and a model card, ready for the Hugging Face hub."
-    ))
+    parser = argparse.ArgumentParser(
+        prog="timm-alfa-export",
+        description=(
+            "Write the model of a training run as timm weights, ONNX and a model card, ready for the Hugging Face hub."
+        ),
+    )
     parser.add_argument("run", metavar="RUN_DIR", help="folder of a training run")
     parser.add_argument("--output", metavar="DIR", help="where to write (default: RUN_DIR/export)")
-    parser.add_argument("--checkpoint", metavar="best|last|PATH",
-                        help="which weights (default: best, or last where nothing was validated)")
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
-                        help="the averaged weights (default: those of a run with --model-ema)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="best|last|PATH",
+        help="which weights (default: best, or last where nothing was validated)",
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the averaged weights (default: those of a run with --model-ema)",
+    )
     parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True, help="with model.onnx")
     parser.add_argument("--license", metavar="ID", help="licence for the model card, such as apache-2.0")
     parser.add_argument("--name", help="the model's name in the card (default: that of RUN_DIR)")
@@ -124,8 +135,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger(exporter).setLevel(logging.WARNING)  # they tell every step of theirs
     try:
         paths = export_run(
-            args.run, args.output,
-            checkpoint=args.checkpoint, ema=args.ema, onnx=args.onnx, license=args.license, name=args.name,
+            args.run,
+            args.output,
+            checkpoint=args.checkpoint,
+            ema=args.ema,
+            onnx=args.onnx,
+            license=args.license,
+            name=args.name,
         )
         print(*paths, sep="\n")
     except (UsageError, RuntimeError) as error:

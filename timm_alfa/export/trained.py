@@ -120,10 +120,17 @@ def _find_checkpoint(folder: Path, wanted: str | None) -> Path:
 
 def _build(args: argparse.Namespace) -> nn.Module:
     """The architecture alone: weights come from the checkpoint, so none are looked for elsewhere."""
-    plain = argparse.Namespace(**vars(args) | {
-        "pretrained": False, "pretrained_path": "", "initial_checkpoint": "", "grad_checkpointing": False,
-        "head_init_scale": None, "head_init_bias": None,
-    })
+    plain = argparse.Namespace(
+        **vars(args)
+        | {
+            "pretrained": False,
+            "pretrained_path": "",
+            "initial_checkpoint": "",
+            "grad_checkpointing": False,
+            "head_init_scale": None,
+            "head_init_bias": None,
+        }
+    )
     if plain.num_classes is None:
         plain.num_classes = default_class_count(plain)
     return build_model(plain)

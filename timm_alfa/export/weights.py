@@ -25,12 +25,12 @@ CONFIG_FILE = "config.json"
 
 
 def export_model(
-        model: nn.Module,
-        folder: str | os.PathLike[str],
-        *,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        data_config: dict[str, Any] | None = None,
-        label_names: list[str] | dict[int, str] | None = None,
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    data_config: dict[str, Any] | None = None,
+    label_names: list[str] | dict[int, str] | None = None,
 ) -> Path:
     """Write a timm model as ``folder/model.safetensors`` and ``folder/config.json``, timm's layout of a model folder.
 
@@ -70,12 +70,12 @@ def export_model(
 
 
 def export_checkpoint(
-        checkpoint_path: str | os.PathLike[str],
-        model: nn.Module,
-        folder: str | os.PathLike[str],
-        use_ema: bool,
-        *,
-        data_config: dict[str, Any] | None = None,
+    checkpoint_path: str | os.PathLike[str],
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    use_ema: bool,
+    *,
+    data_config: dict[str, Any] | None = None,
 ) -> Path:
     """Write the weights of a training checkpoint as ``export_model`` does; ``model`` gives the architecture, unchanged.
 
@@ -119,9 +119,7 @@ def plain_weights(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict
 
 
 def _config(
-        model: nn.Module,
-        data_config: dict[str, Any] | None,
-        label_names: list[str] | dict[int, str] | None,
+    model: nn.Module, data_config: dict[str, Any] | None, label_names: list[str] | dict[int, str] | None
 ) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG_FILE

@@ -83,23 +83,23 @@ class CifarResNet(ResNet):
     feature_info: list[dict[str, Any]]
 
     def __init__(
-            self,
-            block: type[BasicBlock] | type[Bottleneck],
-            layers: tuple[int, ...],
-            channels: tuple[int, ...] = (64, 128, 256, 512),
-            num_classes: int = 10,
-            in_chans: int = 3,
-            output_stride: int = 8,
-            global_pool: str = "avg",
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = nn.BatchNorm2d,
-            drop_rate: float = 0.0,
-            drop_path_rate: float = 0.0,
-            drop_block_rate: float = 0.0,
-            zero_init_last: bool = False,
-            block_args: dict[str, Any] | None = None,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, ...],
+        channels: tuple[int, ...] = (64, 128, 256, 512),
+        num_classes: int = 10,
+        in_chans: int = 3,
+        output_stride: int = 8,
+        global_pool: str = "avg",
+        act_layer: LayerType = nn.ReLU,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
+        zero_init_last: bool = False,
+        block_args: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if output_stride not in (2, 4, 8):
             raise ValueError(f"output_stride must be 2, 4 or 8 (the stem does not stride), got {output_stride}")
@@ -158,11 +158,11 @@ class SmallCifarResNet(CifarResNet):
     layer3: nn.Sequential
 
     def __init__(
-            self,
-            block: type[BasicBlock] | type[Bottleneck],
-            layers: tuple[int, ...],
-            channels: tuple[int, ...] = (16, 32, 64),
-            **kwargs: Any,
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, ...],
+        channels: tuple[int, ...] = (16, 32, 64),
+        **kwargs: Any,
     ) -> None:
         if len(layers) != 3 or len(channels) != 3:
             raise ValueError(f"layers and channels must have three entries each, got {layers} and {channels}")
@@ -185,13 +185,13 @@ class SmallCifarResNet(CifarResNet):
         return self.layer3(self.layer2(self.layer1(x)))
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the features and collect those of ``feature_info`` on the way.
 
@@ -220,10 +220,7 @@ class SmallCifarResNet(CifarResNet):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Empty the stages after the last chosen feature, and drop the classifier where it no longer fits.
 
@@ -237,7 +234,7 @@ class SmallCifarResNet(CifarResNet):
         """
         take, last = feature_take_indices(len(self.feature_info), indices)
         cut = last + 1 < len(self.feature_info)
-        for info in self.feature_info[last + 1:]:
+        for info in self.feature_info[last + 1 :]:
             setattr(self, info["module"], nn.Sequential())
         if cut:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]

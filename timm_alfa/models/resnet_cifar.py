@@ -46,11 +46,7 @@ def _create_small(variant: str, blocks: int, pretrained: bool, **kwargs: Any) ->
 
 
 def _create(
-        variant: str,
-        block: type[BasicBlock] | type[Bottleneck],
-        layers: tuple[int, ...],
-        pretrained: bool,
-        **kwargs: Any,
+    variant: str, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, ...], pretrained: bool, **kwargs: Any
 ) -> CifarResNet:
     """Build a four-stage ``CifarResNet``."""
     model_args: dict[str, Any] = {"block": block, "layers": layers, **kwargs}

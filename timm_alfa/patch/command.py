@@ -22,7 +22,8 @@ __all__ = ["main", "patch", "show_diff", "unpatch"]
 _OURS = b"timm_alfa.script"
 _INSERTED = re.compile(
     rb"\s*(import X|X\.add_arguments\(N\)|X\.check_arguments\(N\)|N = X\.wrap_task\(N, N(, N)?\)"
-    rb"|N\.update\(X\.epoch_metrics\(N, N, N\)\))\s*".replace(b"X", re.escape(_OURS)).replace(b"N", rb"[\w\x80-\xff]+"))
+    rb"|N\.update\(X\.epoch_metrics\(N, N, N\)\))\s*".replace(b"X", re.escape(_OURS)).replace(b"N", rb"[\w\x80-\xff]+")
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

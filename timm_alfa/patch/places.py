@@ -43,8 +43,10 @@ def find_insertions(source: bytes) -> dict[int, bytes]:
         raise UsageError(f"the function that creates the task does not know the arguments as {args}")
     taken = _assignments(function, "get_trainable_module")
     if not taken or taken[0].lineno < creating.lineno or _receiver(taken[0]) != task:
-        raise UsageError("the model is not taken from the task, as timm's train.py does from v1.0.27 on: "
-                         f"model = {task}.get_trainable_module()")
+        raise UsageError(
+            "the model is not taken from the task, as timm's train.py does from v1.0.27 on: "
+            f"model = {task}.get_trainable_module()"
+        )
     configured = [node for node in _assignments(function, "resolve_data_config") if node.lineno < creating.lineno]
     data_config = f", {_target(configured[-1])}" if configured else ""
     training, around = _one_assignment(tree, "train_one_epoch", "train_metrics = train_one_epoch(...)")
@@ -106,9 +108,13 @@ def _own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
 def _assignments(scope: _Scope, name: str) -> list[ast.Assign]:
     """``x = name(...)`` and ``x = y.name(...)`` with one plain name on the left, in order."""
     found = [
-        node for node in _own_nodes(scope)
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Call) and _callee(node.value) == name
+        node
+        for node in _own_nodes(scope)
+        if isinstance(node, ast.Assign)
+        and len(node.targets) == 1
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Call)
+        and _callee(node.value) == name
     ]
     return sorted(found, key=lambda node: node.lineno)
 
@@ -141,9 +147,12 @@ def _last_flag(tree: ast.Module, parsing: ast.Assign, parser: str) -> ast.stmt:
     """The last statement that adds a flag, in the block where the parser is made; at least the latter."""
     for scope in _scopes(tree):
         made = [
-            index for index, node in enumerate(scope.body)
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
-            and _callee(node.value) == "ArgumentParser" and parser in {getattr(x, "id", "") for x in node.targets}
+            index
+            for index, node in enumerate(scope.body)
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and _callee(node.value) == "ArgumentParser"
+            and parser in {getattr(x, "id", "") for x in node.targets}
         ]
         if not made or not (scope is tree or parsing in _own_nodes(scope)):
             continue

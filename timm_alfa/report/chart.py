@@ -42,13 +42,13 @@ class Line:
 
 
 def line_chart(
-        title: str,
-        lines: Iterable[Line],
-        *,
-        x_label: str = "epoch",
-        reference: float | None = None,
-        zero: bool = False,
-        log: bool = False,
+    title: str,
+    lines: Iterable[Line],
+    *,
+    x_label: str = "epoch",
+    reference: float | None = None,
+    zero: bool = False,
+    log: bool = False,
 ) -> Element | None:
     """A figure with its caption and legend, or None where there is nothing to draw.
 
@@ -77,22 +77,21 @@ def line_chart(
     dots = sum(len(points) for _, points in drawn) <= DOT_BUDGET
     for line, points in sorted(drawn, key=lambda item: item[0].strong):  # the strong one on top
         parts.append(_curve(line, _thinned(points, max(POINT_BUDGET // len(drawn), 2)), to_x, to_y, dots=dots))
-    summary = "; ".join(
-        f"{line.label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for line, points in drawn)
+    summary = "; ".join(f"{line.label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for line, points in drawn)
     picture = element(
-        "svg", element("title", f"{title}, by {x_label}"), *parts,
-        role="img", viewBox=f"0 0 {WIDTH} {HEIGHT}", aria_label=f"Line chart of {title} by {x_label}: {summary}")
+        "svg",
+        element("title", f"{title}, by {x_label}"),
+        *parts,
+        role="img",
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        aria_label=f"Line chart of {title} by {x_label}: {summary}",
+    )
     legend = _legend([line for line, _ in drawn]) if len(drawn) > 1 else None
     return element("figure", element("figcaption", title), picture, legend)
 
 
 def _axis(
-        low: float,
-        high: float,
-        start: float,
-        end: float,
-        *,
-        whole: bool = False,
+    low: float, high: float, start: float, end: float, *, whole: bool = False
 ) -> tuple[list[float], Callable[[float], float]]:
     """Ticks, and the map from values to positions; values reach from ``start`` to ``end``."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
@@ -117,11 +116,11 @@ def _log_axis(low: float, high: float, start: float, end: float) -> tuple[list[f
 
 
 def _grid(
-        x_ticks: Sequence[float],
-        y_ticks: Sequence[float],
-        to_x: Callable[[float], float],
-        to_y: Callable[[float], float],
-        x_label: str,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    to_x: Callable[[float], float],
+    to_y: Callable[[float], float],
+    x_label: str,
 ) -> Iterable[Element]:
     for tick in y_ticks:
         y = round(to_y(tick), 1)
@@ -134,12 +133,12 @@ def _grid(
 
 
 def _curve(
-        line: Line,
-        points: Sequence[tuple[float, float]],
-        to_x: Callable[[float], float],
-        to_y: Callable[[float], float],
-        *,
-        dots: bool,
+    line: Line,
+    points: Sequence[tuple[float, float]],
+    to_x: Callable[[float], float],
+    to_y: Callable[[float], float],
+    *,
+    dots: bool,
 ) -> Element:
     """One line with its dots, and its name where a pointer rests on it."""
     dash = DASHES[line.dash % len(DASHES)]
@@ -147,8 +146,13 @@ def _curve(
     parts.append(_stroke(points, to_x, to_y, stroke_dasharray=dash))
     if dots or len(points) == 1:
         parts += [
-            element("circle", element("title", f"{line.label}: {y:.6g} ({x:.6g})"),
-                    cx=round(to_x(x), 1), cy=round(to_y(y), 1), r=2.2)
+            element(
+                "circle",
+                element("title", f"{line.label}: {y:.6g} ({x:.6g})"),
+                cx=round(to_x(x), 1),
+                cy=round(to_y(y), 1),
+                r=2.2,
+            )
             for x, y in points
         ]
     if line.strong:
@@ -167,10 +171,10 @@ def _name(label: str, positions: Sequence[tuple[float, float]]) -> Element:
 
 
 def _stroke(
-        points: Sequence[tuple[float, float]],
-        to_x: Callable[[float], float],
-        to_y: Callable[[float], float],
-        **attributes: object,
+    points: Sequence[tuple[float, float]],
+    to_x: Callable[[float], float],
+    to_y: Callable[[float], float],
+    **attributes: object,
 ) -> Element:
     positions = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
     return element("polyline", points=positions, **attributes)
@@ -180,8 +184,13 @@ def _legend(lines: Sequence[Line]) -> Element:
     items = []
     for line in lines:
         dash = DASHES[line.dash % len(DASHES)]
-        sample = element("svg", element("polyline", points="0,5 24,5", stroke_dasharray=dash),
-                         viewBox="0 0 24 10", aria_hidden="true", **_color(line))
+        sample = element(
+            "svg",
+            element("polyline", points="0,5 24,5", stroke_dasharray=dash),
+            viewBox="0 0 24 10",
+            aria_hidden="true",
+            **_color(line),
+        )
         items.append(element("li", sample, line.label))
     return element("ul", *items, class_="legend")
 

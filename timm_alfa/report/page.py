@@ -33,10 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: 2 after one line, where a folder is not a run's or the page cannot be written.
     """
     parser = argparse.ArgumentParser(
-        prog="timm-alfa-report", description="One self-contained HTML page of a run, or several runs compared.")
+        prog="timm-alfa-report", description="One self-contained HTML page of a run, or several runs compared."
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder with a summary.csv")
-    parser.add_argument("--output", metavar="FILE", help=f"the page, or a folder for it (default: {FILE_NAME} in the "
-                                                         "run's folder, or in the folder that holds all the runs)")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help=f"the page, or a folder for it (default: {FILE_NAME} in the "
+        "run's folder, or in the folder that holds all the runs)",
+    )
     args = parser.parse_args(argv)
     try:
         print(write_report(args.runs, args.output))
@@ -106,7 +111,8 @@ def _one_run(record: RunRecord) -> list[Element | None]:
 def _several_runs(records: Sequence[RunRecord]) -> list[Element | None]:
     names = [record.folder.resolve().name for record in records]
     labels = [
-        name if names.count(name) == 1 else str(record.folder) for name, record in zip(names, records, strict=True)]
+        name if names.count(name) == 1 else str(record.folder) for name, record in zip(names, records, strict=True)
+    ]
     labelled = list(zip(labels, records, strict=True))
     differences = differing_settings([record.args for record in records])
     return [
@@ -132,8 +138,17 @@ def _several_runs(records: Sequence[RunRecord]) -> list[Element | None]:
 
 
 def _results(labelled: Sequence[tuple[str, RunRecord]]) -> Element:
-    heads = ["run", "method", "best", "at epoch", "last top-1", "last validation loss", "images per second",
-             "time per image / first run's", "epochs"]
+    heads = [
+        "run",
+        "method",
+        "best",
+        "at epoch",
+        "last top-1",
+        "last validation loss",
+        "images per second",
+        "time per image / first run's",
+        "epochs",
+    ]
     reference = labelled[0][1].mean(SPEED)
     rows = []
     for label, record in labelled:

@@ -106,7 +106,8 @@ def _draw_eta(record: RunRecord, path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="eta", title=record.title)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
-        handles[::-1], labels[::-1], frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        handles[::-1], labels[::-1], frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     figure.savefig(path)
 
 

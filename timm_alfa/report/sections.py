@@ -49,11 +49,7 @@ def metric_chart(record: RunRecord, chart: tuple[str, Sequence[tuple[str, str, i
 
 
 def overlay(
-        title: str,
-        runs: Sequence[tuple[str, RunRecord]],
-        columns: Sequence[str],
-        *,
-        zero: bool = False,
+    title: str, runs: Sequence[tuple[str, RunRecord]], columns: Sequence[str], *, zero: bool = False
 ) -> Element | None:
     """One line per labelled run: the first of ``columns`` that it has."""
     lines = []

@@ -14,12 +14,12 @@ from ..tasks.pixels import PixelAttack
 
 
 def robust_accuracy(
-        model: nn.Module,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        attack: PixelAttack,
-        *,
-        seed: int = 0,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    attack: PixelAttack,
+    *,
+    seed: int = 0,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
     """Accuracy in evaluation mode on images as they are and attacked, the attack raising the cross-entropy.
 

@@ -101,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name, value in vars(given).items():
             setattr(args, name, value)
         if args.pretrained_path:
-            raise UsageError(f"--pretrained-path {args.pretrained_path}: timm leaves the classifier in it out; "
-                             "use --initial-checkpoint")
+            raise UsageError(
+                f"--pretrained-path {args.pretrained_path}: timm leaves the classifier in it out; "
+                "use --initial-checkpoint"
+            )
         if not (args.initial_checkpoint or args.pretrained):
             raise UsageError("--initial-checkpoint: name the checkpoint to evaluate, such as model_best.pth.tar")
         return run(args)

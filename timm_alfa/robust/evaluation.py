@@ -18,10 +18,17 @@ from ..tasks.pixels import PixelAttack
 from .accuracy import robust_accuracy
 
 FLAGS = (
-    Flag("eval_pgd", None, "attack the test or else the validation images with so many steps of l_inf PGD", int,
-         expected="a whole number of at least 1", valid=lambda value: value >= 1),
-    Flag("eval_pgd_eps", 8.0, "largest change of a pixel, in 1/255", number, expected="at least 0",
-         valid=at_least_zero),
+    Flag(
+        "eval_pgd",
+        None,
+        "attack the test or else the validation images with so many steps of l_inf PGD",
+        int,
+        expected="a whole number of at least 1",
+        valid=lambda value: value >= 1,
+    ),
+    Flag(
+        "eval_pgd_eps", 8.0, "largest change of a pixel, in 1/255", number, expected="at least 0", valid=at_least_zero
+    ),
     Flag("eval_pgd_alpha", 2.0, "step size, in 1/255", number, expected="a finite step above 0", valid=above_zero),
     Flag("eval_pgd_init", "uniform", "where the attack starts: at the image, or uniformly within eps", choices=INITS),
 )
@@ -44,20 +51,24 @@ def check_arguments(args: argparse.Namespace) -> None:
 def create_attack(args: argparse.Namespace, data_config: dict[str, Any]) -> PixelAttack:
     """The attack that this module's flags, filled in, ask for."""
     return PixelAttack(
-        eps=args.eval_pgd_eps, alpha=args.eval_pgd_alpha, steps=args.eval_pgd, init=args.eval_pgd_init,
-        mean=tuple(data_config["mean"]), std=tuple(data_config["std"]),
+        eps=args.eval_pgd_eps,
+        alpha=args.eval_pgd_alpha,
+        steps=args.eval_pgd,
+        init=args.eval_pgd_init,
+        mean=tuple(data_config["mean"]),
+        std=tuple(data_config["std"]),
     )
 
 
 def evaluate(
-        args: argparse.Namespace,
-        model: nn.Module,
-        dataset: Any,
-        data_config: dict[str, Any],
-        *,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        autocast: Callable[[], AbstractContextManager[Any]],
+    args: argparse.Namespace,
+    model: nn.Module,
+    dataset: Any,
+    data_config: dict[str, Any],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Any]:
     """Attack all images of a dataset, in this process.
 
@@ -94,5 +105,7 @@ def evaluate(
 
 def describe(result: dict[str, Any]) -> str:
     """One line about :func:`evaluate`'s result."""
-    return (f"{result['attack']}: clean {result['top1']:.2f}, robust {result['robust_top1']:.2f} "
-            f"(top-1 in percent, {result['images']} images)")
+    return (
+        f"{result['attack']}: clean {result['top1']:.2f}, robust {result['robust_top1']:.2f} "
+        f"(top-1 in percent, {result['images']} images)"
+    )

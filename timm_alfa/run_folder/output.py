@@ -31,12 +31,7 @@ def snapshot(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_output(
-        args: argparse.Namespace,
-        config: dict[str, Any],
-        environment: dict[str, Any],
-        *,
-        side: int,
-        resume_path: str,
+    args: argparse.Namespace, config: dict[str, Any], environment: dict[str, Any], *, side: int, resume_path: str
 ) -> Path:
     """Create (or, when resuming, reopen) the run's folder and write ``args.yaml``, ``environment.yaml`` into it.
 
@@ -113,11 +108,11 @@ class MetricLog:
             )
 
     def write(
-            self,
-            epoch: int,
-            train_metrics: Mapping[str, float],
-            eval_metrics: Mapping[str, float] | None,
-            learning_rate: float,
+        self,
+        epoch: int,
+        train_metrics: Mapping[str, float],
+        eval_metrics: Mapping[str, float] | None,
+        learning_rate: float,
     ) -> None:
         """Appends one epoch. A resumed run keeps the columns that its ``summary.csv`` has."""
         row: dict[str, float] = {"epoch": epoch}

@@ -23,12 +23,23 @@ from .pixels import ATTACK_MODES, AttackMode, PixelAttack
 FLAGS = (
     Flag("advprop_eps", 1.0, "largest change of a pixel, in 1/255", number, expected="at least 0", valid=at_least_zero),
     Flag("advprop_alpha", 1.0, "step size, in 1/255", number, expected="a finite step above 0", valid=above_zero),
-    Flag("advprop_steps", 1, "steps of the attack", int, expected="a whole number of at least 1",
-         valid=lambda value: value >= 1),
+    Flag(
+        "advprop_steps",
+        1,
+        "steps of the attack",
+        int,
+        expected="a whole number of at least 1",
+        valid=lambda value: value >= 1,
+    ),
     Flag("advprop_init", "uniform", "where the attack starts: at the image, or uniformly within eps", choices=INITS),
     Flag("advprop_targeted", False, "attack towards a class drawn at random rather than away from the true one", bool),
-    Flag("advprop_attack_bn", "train", "attack through the auxiliary batch norms with statistics of the batch (train), "
-         "or the whole model in evaluation mode with their running statistics (eval)", choices=ATTACK_MODES),
+    Flag(
+        "advprop_attack_bn",
+        "train",
+        "attack through the auxiliary batch norms with statistics of the batch (train), "
+        "or the whole model in evaluation mode with their running statistics (eval)",
+        choices=ATTACK_MODES,
+    ),
     Flag("advprop_reduction", "sum", "add clean and adversarial loss, or average them", choices=REDUCTIONS),
 )
 
@@ -47,16 +58,16 @@ class AuxTask(PeerTask):
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor] | None,
-            attack: PixelAttack,
-            *,
-            attack_bn: AttackMode = "train",
-            criterion_kwargs: dict[str, Any] | None = None,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None,
+        attack: PixelAttack,
+        *,
+        attack_bn: AttackMode = "train",
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ):
         if attack_bn not in ATTACK_MODES:
             raise ValueError(f"attack_bn: expected one of {', '.join(ATTACK_MODES)}, found {attack_bn!r}")
@@ -77,8 +88,10 @@ class AuxTask(PeerTask):
     @contextmanager
     def adversarial(self) -> Iterator[None]:
         """Around a pass that trains the auxiliary branches and moves their statistics, and no others."""
-        with self.aux.active(), self.statistics.kept_outside_batch_norms(), without_checkpointing(
-            self.__dict__["model"]
+        with (
+            self.aux.active(),
+            self.statistics.kept_outside_batch_norms(),
+            without_checkpointing(self.__dict__["model"]),
         ):
             yield
 
@@ -87,11 +100,7 @@ class AuxTask(PeerTask):
         return {} if ema else {**super().get_task_state(module), "aux": self.aux.state_dict()}
 
     def load_task_state(
-            self,
-            state: dict[str, Any] | None,
-            strict: bool = True,
-            module: nn.Module | None = None,
-            ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """Continue from :meth:`get_task_state`.
 
@@ -119,21 +128,27 @@ class AdvPropTask(AuxTask):
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor] | None,
-            attack: PixelAttack,
-            *,
-            reduction: Reduction = "sum",
-            attack_bn: AttackMode = "train",
-            criterion_kwargs: dict[str, Any] | None = None,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None,
+        attack: PixelAttack,
+        *,
+        reduction: Reduction = "sum",
+        attack_bn: AttackMode = "train",
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ):
         super().__init__(
-            model, criterion, attack, attack_bn=attack_bn, criterion_kwargs=criterion_kwargs, device=device,
-            dtype=dtype, verbose=verbose,
+            model,
+            criterion,
+            attack,
+            attack_bn=attack_bn,
+            criterion_kwargs=criterion_kwargs,
+            device=device,
+            dtype=dtype,
+            verbose=verbose,
         )
         self.objective = AlfaLoss(self.criterion, reduction=reduction)
 
@@ -163,16 +178,21 @@ class AdvPropTask(AuxTask):
 
 
 def build(
-        args: argparse.Namespace,
-        model: nn.Module,
-        criterion: nn.Module | None,
-        *,
-        input_size: tuple[int, int, int] | None,
-        **common: Any,
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module | None,
+    *,
+    input_size: tuple[int, int, int] | None,
+    **common: Any,
 ) -> AdvPropTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
     attack = PixelAttack.for_model(
-        args, model, eps=args.advprop_eps, alpha=args.advprop_alpha, steps=args.advprop_steps, init=args.advprop_init,
+        args,
+        model,
+        eps=args.advprop_eps,
+        alpha=args.advprop_alpha,
+        steps=args.advprop_steps,
+        init=args.advprop_init,
         targeted=args.advprop_targeted,
     )
     return AdvPropTask(

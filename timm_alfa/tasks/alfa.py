@@ -58,35 +58,46 @@ class AlfaTask(ClassificationTask):
     wrapper_type = AlfaWrapper  # what finds the perturbations
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor] | None = None,
-            blocks: str | Sequence[str] = "@last",
-            *,
-            criterion_kwargs: dict[str, Any] | None = None,
-            alpha: float | str | Relative = 0.5 / 255,
-            steps: int = 1,
-            eps: float | str | Relative | None = None,
-            norm: Norm = "linf",
-            init: Init = "zero",
-            grad: Gradient = "full",
-            bn: BatchNormMode = "clean",
-            lam: float = 1.0,
-            gamma: float = 0.0,
-            reduction: Reduction = "sum",
-            learnable: bool = False,
-            eta_set: EtaSet = "hyperplane",
-            eta_lr: float = 0.01,
-            sample_blocks: int | None = None,
-            seed: int = 0,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        blocks: str | Sequence[str] = "@last",
+        *,
+        criterion_kwargs: dict[str, Any] | None = None,
+        alpha: float | str | Relative = 0.5 / 255,
+        steps: int = 1,
+        eps: float | str | Relative | None = None,
+        norm: Norm = "linf",
+        init: Init = "zero",
+        grad: Gradient = "full",
+        bn: BatchNormMode = "clean",
+        lam: float = 1.0,
+        gamma: float = 0.0,
+        reduction: Reduction = "sum",
+        learnable: bool = False,
+        eta_set: EtaSet = "hyperplane",
+        eta_lr: float = 0.01,
+        sample_blocks: int | None = None,
+        seed: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         alfa = self.wrapper_type(
-            model, self.criterion, blocks, alpha=alpha, steps=steps, eps=eps, norm=norm, init=init, grad=grad, bn=bn,
-            learnable=learnable, eta_set=eta_set, eta_lr=eta_lr,
+            model,
+            self.criterion,
+            blocks,
+            alpha=alpha,
+            steps=steps,
+            eps=eps,
+            norm=norm,
+            init=init,
+            grad=grad,
+            bn=bn,
+            learnable=learnable,
+            eta_set=eta_set,
+            eta_lr=eta_lr,
         )
         if sample_blocks is not None and not 1 <= sample_blocks <= len(alfa.blocks):
             raise ValueError(
@@ -118,10 +129,7 @@ class AlfaTask(ClassificationTask):
         return self
 
     def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
-            self,
-            backend: str = "inductor",
-            mode: str | None = None,
-            **compile_kwargs: Any,
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
         """Compile the model's parts before, between and after the blocks; replays run between them.
 
@@ -207,11 +215,7 @@ class AlfaTask(ClassificationTask):
         return state
 
     def load_task_state(
-            self,
-            state: dict[str, Any] | None,
-            strict: bool = True,
-            module: nn.Module | None = None,
-            ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """Continue from :meth:`get_task_state`; a checkpoint of plain training has none and starts afresh.
 
@@ -269,9 +273,7 @@ class AlfaTask(ClassificationTask):
 class _AlfaStep(nn.Module):
     """Everything that has to happen inside one DDP forward. ``module`` leads timm's ``unwrap_model`` to the model."""
 
-    def __init__(
-            self, alfa: AlfaWrapper, objective: AlfaLoss, monitor: Monitor, sample_blocks: int | None, seed: int,
-    ):
+    def __init__(self, alfa: AlfaWrapper, objective: AlfaLoss, monitor: Monitor, sample_blocks: int | None, seed: int):
         super().__init__()
         self.module = alfa
         self.monitor = monitor
@@ -287,8 +289,12 @@ class _AlfaStep(nn.Module):
             output = alfa(input)
             clean = scalar_loss(self.__dict__["objective"].criterion, output, target)
             return {
-                "loss": clean, "output": output, "loss_clean": clean.detach().clone(),
-                "loss_adv": clean.detach().clone(), "loss_adv_by_block": {}, "finite": {},
+                "loss": clean,
+                "output": output,
+                "loss_clean": clean.detach().clone(),
+                "loss_adv": clean.detach().clone(),
+                "loss_adv_by_block": {},
+                "finite": {},
             }
         return self._train(input, target)
 

@@ -39,14 +39,14 @@ class PeerTask(ClassificationTask):
     reported: tuple[str, ...] = ("loss_clean", "loss_adv")
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor] | None = None,
-            *,
-            criterion_kwargs: dict[str, Any] | None = None,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.passes = 0  # training steps made: what a step draws by itself follows from it
@@ -79,10 +79,7 @@ class PeerTask(ClassificationTask):
         return self
 
     def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
-            self,
-            backend: str = "inductor",
-            mode: str | None = None,
-            **compile_kwargs: Any,
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
         """Compile the model, as timm's classification task does, such that an attack may walk its graph twice.
 
@@ -130,11 +127,7 @@ class PeerTask(ClassificationTask):
         return {} if ema else {"passes": self.passes}
 
     def load_task_state(
-            self,
-            state: dict[str, Any] | None,
-            strict: bool = True,
-            module: nn.Module | None = None,
-            ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """Continue from :meth:`get_task_state`; a checkpoint of plain training has none and starts afresh."""
         if not ema and state:

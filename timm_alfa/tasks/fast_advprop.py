@@ -23,10 +23,22 @@ from .flags import Flag, above_zero, at_least_zero, number
 from .pixels import PixelAttack
 
 FLAGS = (
-    Flag("fast_advprop_share", 0.2, "share of each batch that is attacked", number, expected="a share between 0 and 1",
-         valid=lambda value: 0 < value < 1),
-    Flag("fast_advprop_eps", 1.0, "largest change of a pixel, in 1/255", number, expected="at least 0",
-         valid=at_least_zero),
+    Flag(
+        "fast_advprop_share",
+        0.2,
+        "share of each batch that is attacked",
+        number,
+        expected="a share between 0 and 1",
+        valid=lambda value: 0 < value < 1,
+    ),
+    Flag(
+        "fast_advprop_eps",
+        1.0,
+        "largest change of a pixel, in 1/255",
+        number,
+        expected="at least 0",
+        valid=at_least_zero,
+    ),
     Flag("fast_advprop_alpha", 1.0, "step size, in 1/255", number, expected="a finite step above 0", valid=above_zero),
 )
 
@@ -48,16 +60,16 @@ class FastAdvPropTask(AuxTask):
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor] | None,
-            attack: PixelAttack,
-            *,
-            share: float = 0.2,
-            criterion_kwargs: dict[str, Any] | None = None,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None,
+        attack: PixelAttack,
+        *,
+        share: float = 0.2,
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ):
         if not 0 < share < 1:
             raise ValueError(f"share: expected a share between 0 and 1, found {share}")
@@ -108,12 +120,12 @@ class FastAdvPropTask(AuxTask):
 
 
 def build(
-        args: argparse.Namespace,
-        model: nn.Module,
-        criterion: nn.Module | None,
-        *,
-        input_size: tuple[int, int, int] | None,
-        **common: Any,
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module | None,
+    *,
+    input_size: tuple[int, int, int] | None,
+    **common: Any,
 ) -> FastAdvPropTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
     attack = PixelAttack.for_model(

@@ -119,7 +119,12 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]
         shown = " ".join(shown) if isinstance(shown, list) else shown
         metavar = None if flag.choices else flag.name.rpartition("_")[2].upper()
         group.add_argument(
-            flag_name(flag.name), default=None, type=flag.type, choices=flag.choices, nargs=flag.nargs, metavar=metavar,
+            flag_name(flag.name),
+            default=None,
+            type=flag.type,
+            choices=flag.choices,
+            nargs=flag.nargs,
+            metavar=metavar,
             help=f"{flag.help} (default: {shown})",
         )
 

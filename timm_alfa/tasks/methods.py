@@ -53,10 +53,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def create_task(
-        args: argparse.Namespace,
-        model: nn.Module,
-        criterion: nn.Module | None,
-        **common: Any,
+    args: argparse.Namespace, model: nn.Module, criterion: nn.Module | None, **common: Any
 ) -> ClassificationTask:
     """The task of ``args.method``; ``common`` holds device, dtype, verbose and input_size.
 

@@ -35,11 +35,21 @@ def _is_share(value: float) -> bool:
 
 
 FLAGS = (
-    Flag("moex_block", None, "block whose output exchanges moments, such as maxpool (the paper's choice for ImageNet's "
-         "ResNet-50) or bn1 (for CIFAR); with --alfa-blocks, MoEx is combined with ALFA"),
+    Flag(
+        "moex_block",
+        None,
+        "block whose output exchanges moments, such as maxpool (the paper's choice for ImageNet's "
+        "ResNet-50) or bn1 (for CIFAR); with --alfa-blocks, MoEx is combined with ALFA",
+    ),
     Flag("moex_lambda", 0.9, "weight of an image's own label", number, expected="0 to 1", valid=_is_share),
-    Flag("moex_prob", 1.0, "share of batches that exchange; the paper: 1 on ImageNet, 0.25 on CIFAR", number,
-         expected="0 to 1", valid=_is_share),
+    Flag(
+        "moex_prob",
+        1.0,
+        "share of batches that exchange; the paper: 1 on ImageNet, 0.25 on CIFAR",
+        number,
+        expected="0 to 1",
+        valid=_is_share,
+    ),
 )
 
 
@@ -202,11 +212,7 @@ class _Exchanging:
         return state if ema else {**state, "moex_steps": self.moex.steps}
 
     def load_task_state(
-            self,
-            state: dict[str, Any] | None,
-            strict: bool = True,
-            module: nn.Module | None = None,
-            ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """Continue from :meth:`get_task_state`."""
         super().load_task_state(state, strict, module, ema)  # type: ignore[misc]
@@ -225,14 +231,14 @@ class MoexTask(_Exchanging, ClassificationTask):  # type: ignore[misc]  # compil
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor] | None,
-            moex: Moex,
-            *,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None,
+        moex: Moex,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ):
         super().__init__(model, MoexCriterion(criterion), device=device, dtype=dtype, verbose=verbose)
         self.moex = moex
@@ -265,12 +271,12 @@ def create(args: argparse.Namespace, model: nn.Module, input_size: tuple[int, in
 
 
 def build(
-        args: argparse.Namespace,
-        model: nn.Module,
-        criterion: nn.Module | None,
-        *,
-        input_size: tuple[int, int, int] | None,
-        **common: Any,
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module | None,
+    *,
+    input_size: tuple[int, int, int] | None,
+    **common: Any,
 ) -> MoexTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
     return MoexTask(model, criterion, create(args, model, input_size), **common)

@@ -21,11 +21,22 @@ from .flags import Flag, at_least_zero, is_size_of_at_least_zero, number, size
 
 FLAGS = (
     Flag("noise_blocks", ["@last"], "blocks whose outputs get noise, named as for --alfa-blocks", nargs="+"),
-    Flag("noise_sigma", 0.5 / 255, "standard deviation, in feature units, or as a share of the feature's rms, such as "
-         "2%%", size, expected="a finite number of at least 0, or a share such as 2%",
-         valid=is_size_of_at_least_zero),
-    Flag("noise_lambda", 1.0, "weight of the losses with noise", number, expected="a finite weight of at least 0",
-         valid=at_least_zero),
+    Flag(
+        "noise_sigma",
+        0.5 / 255,
+        "standard deviation, in feature units, or as a share of the feature's rms, such as 2%%",
+        size,
+        expected="a finite number of at least 0, or a share such as 2%",
+        valid=is_size_of_at_least_zero,
+    ),
+    Flag(
+        "noise_lambda",
+        1.0,
+        "weight of the losses with noise",
+        number,
+        expected="a finite weight of at least 0",
+        valid=at_least_zero,
+    ),
     Flag("noise_reduction", "sum", "add the losses with noise, or average them with the clean one", choices=REDUCTIONS),
     Flag("noise_grad", "full", "whether they also train the layers before their block", choices=GRADIENTS),
     Flag("noise_bn", "clean", "as --alfa-bn", choices=BATCH_NORM_MODES),
@@ -43,12 +54,12 @@ class NoiseWrapper(AlfaWrapper):
         return False
 
     def find_delta(
-            self,
-            recording: Recording,
-            name: str,
-            target: Any,
-            first_gradient: Sequence[Tensor] | None = None,
-            note: Callable[[Sequence[Tensor]], object] | None = None,
+        self,
+        recording: Recording,
+        name: str,
+        target: Any,
+        first_gradient: Sequence[Tensor] | None = None,
+        note: Callable[[Sequence[Tensor]], object] | None = None,
     ) -> list[Tensor]:
         """N(0, sigma^2), drawn anew in every step and for every block; the global random state stays as it is."""
         features = recording.features[name].tensors
@@ -75,25 +86,34 @@ class NoiseTask(AlfaTask):
     wrapper_type = NoiseWrapper
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor] | None = None,
-            blocks: str | Sequence[str] = "@last",
-            *,
-            sigma: float | str | Relative = 0.5 / 255,
-            criterion_kwargs: dict[str, Any] | None = None,
-            lam: float = 1.0,
-            reduction: Reduction = "sum",
-            grad: Gradient = "full",
-            bn: BatchNormMode = "clean",
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        blocks: str | Sequence[str] = "@last",
+        *,
+        sigma: float | str | Relative = 0.5 / 255,
+        criterion_kwargs: dict[str, Any] | None = None,
+        lam: float = 1.0,
+        reduction: Reduction = "sum",
+        grad: Gradient = "full",
+        bn: BatchNormMode = "clean",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ):
         size = checked_size("sigma", sigma, "a finite standard deviation of at least 0")
         super().__init__(
-            model, criterion, blocks, criterion_kwargs=criterion_kwargs, lam=lam, reduction=reduction, grad=grad,
-            bn=bn, device=device, dtype=dtype, verbose=verbose,
+            model,
+            criterion,
+            blocks,
+            criterion_kwargs=criterion_kwargs,
+            lam=lam,
+            reduction=reduction,
+            grad=grad,
+            bn=bn,
+            device=device,
+            dtype=dtype,
+            verbose=verbose,
         )
         assert isinstance(self.alfa, NoiseWrapper)
         self.alfa.sigma = size
@@ -110,18 +130,25 @@ class NoiseTask(AlfaTask):
 
 
 def build(
-        args: argparse.Namespace,
-        model: nn.Module,
-        criterion: nn.Module | None,
-        *,
-        input_size: tuple[int, int, int] | None,
-        **common: Any,
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module | None,
+    *,
+    input_size: tuple[int, int, int] | None,
+    **common: Any,
 ) -> NoiseTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
     try:
         task = NoiseTask(
-            model, criterion, args.noise_blocks, sigma=args.noise_sigma, lam=args.noise_lambda,
-            reduction=args.noise_reduction, grad=args.noise_grad, bn=args.noise_bn, **common,
+            model,
+            criterion,
+            args.noise_blocks,
+            sigma=args.noise_sigma,
+            lam=args.noise_lambda,
+            reduction=args.noise_reduction,
+            grad=args.noise_grad,
+            bn=args.noise_bn,
+            **common,
         )
         if input_size is not None:
             task.alfa.check_blocks(input_size)

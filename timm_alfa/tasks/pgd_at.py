@@ -19,8 +19,14 @@ from .pixels import PixelAttack
 FLAGS = (
     Flag("pgd_at_eps", 8.0, "largest change of a pixel, in 1/255", number, expected="at least 0", valid=at_least_zero),
     Flag("pgd_at_alpha", 2.0, "step size, in 1/255", number, expected="a finite step above 0", valid=above_zero),
-    Flag("pgd_at_steps", 10, "steps of the attack", int, expected="a whole number of at least 1",
-         valid=lambda value: value >= 1),
+    Flag(
+        "pgd_at_steps",
+        10,
+        "steps of the attack",
+        int,
+        expected="a whole number of at least 1",
+        valid=lambda value: value >= 1,
+    ),
     Flag("pgd_at_init", "uniform", "where the attack starts: at the image, or uniformly within eps", choices=INITS),
 )
 
@@ -39,15 +45,15 @@ class PgdTask(PeerTask):
     reported = ("loss_adv",)
 
     def __init__(
-            self,
-            model: nn.Module,
-            criterion: Callable[[Any, Any], Tensor] | None,
-            attack: PixelAttack,
-            *,
-            criterion_kwargs: dict[str, Any] | None = None,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-            verbose: bool = True,
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None,
+        attack: PixelAttack,
+        *,
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ):
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose
@@ -70,12 +76,12 @@ class PgdTask(PeerTask):
 
 
 def build(
-        args: argparse.Namespace,
-        model: nn.Module,
-        criterion: nn.Module | None,
-        *,
-        input_size: tuple[int, int, int] | None,
-        **common: Any,
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module | None,
+    *,
+    input_size: tuple[int, int, int] | None,
+    **common: Any,
 ) -> PgdTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
     attack = PixelAttack.for_model(

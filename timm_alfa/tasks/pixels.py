@@ -66,13 +66,13 @@ class PixelAttack:
             raise ValueError(f"std: expected finite values above 0, found {self.std}")
 
     def __call__(
-            self,
-            model: nn.Module,
-            criterion: Any,
-            images: Tensor,
-            target: Tensor,
-            generator: torch.Generator | None = None,
-            masks: RandomState | None = None,
+        self,
+        model: nn.Module,
+        criterion: Any,
+        images: Tensor,
+        target: Tensor,
+        generator: torch.Generator | None = None,
+        masks: RandomState | None = None,
     ) -> Tensor:
         """The perturbed images, in the dtype of ``images`` and with their graph, if they have one; delta is detached.
 
@@ -131,15 +131,15 @@ class PixelAttack:
         return self._perturb(images, delta, lambda _: [gradient], 1)
 
     def _perturb(
-            self,
-            images: Tensor,
-            delta: Tensor,
-            gradient_at: Callable[[list[Tensor]], list[Tensor]],
-            steps: int,
+        self, images: Tensor, delta: Tensor, gradient_at: Callable[[list[Tensor]], list[Tensor]], steps: int
     ) -> Tensor:
         std = self._per_channel(self.std, images)
         (found,) = pgd.pgd(
-            gradient_at, [delta], steps=steps, alpha=self.alpha / 255 / std, eps=self.eps / 255 / std,
+            gradient_at,
+            [delta],
+            steps=steps,
+            alpha=self.alpha / 255 / std,
+            eps=self.eps / 255 / std,
             valid=self._valid(images),
         )
         return found

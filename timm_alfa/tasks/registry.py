@@ -51,50 +51,118 @@ def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> 
         previews: With ``--alfa-list-blocks`` and ``--alfa-dry-run``, for a program that acts on them.
     """
     group = parser.add_argument_group("Method")
-    group.add_argument("--method", default=None, choices=METHODS,
-                       help="what to train with (default: standard, or alfa where --alfa-blocks is given)")
+    group.add_argument(
+        "--method",
+        default=None,
+        choices=METHODS,
+        help="what to train with (default: standard, or alfa where --alfa-blocks is given)",
+    )
     group = parser.add_argument_group("ALFA: which features")
-    group.add_argument("--alfa-blocks", nargs="+", default=None, metavar="NAME",
-                       help="blocks whose outputs are perturbed; switches ALFA on. Names, globs such as 'blocks.*', "
-                            "@last or @stages")
+    group.add_argument(
+        "--alfa-blocks",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="blocks whose outputs are perturbed; switches ALFA on. Names, globs such as 'blocks.*', @last or @stages",
+    )
     if previews:
-        group.add_argument("--alfa-list-blocks", action="store_true", default=False,
-                           help="print what --alfa-blocks can name for --model, and exit")
-        group.add_argument("--alfa-dry-run", action="store_true", default=False,
-                           help="resolve everything, run one step, print blocks, shapes and the cost, and exit")
+        group.add_argument(
+            "--alfa-list-blocks",
+            action="store_true",
+            default=False,
+            help="print what --alfa-blocks can name for --model, and exit",
+        )
+        group.add_argument(
+            "--alfa-dry-run",
+            action="store_true",
+            default=False,
+            help="resolve everything, run one step, print blocks, shapes and the cost, and exit",
+        )
     group = parser.add_argument_group("ALFA: the attack")
-    group.add_argument("--alfa-alpha", type=size, default=None, metavar="A",
-                       help="step size in feature units, such as 0.002 or 0.5/255, or as a share of the feature's rms, "
-                            "such as 2%% (default: 0.5/255)")
-    group.add_argument("--alfa-steps", type=int, default=None, metavar="K",
-                       help="steps of the attack; the first is nearly free (default: 1)")
-    group.add_argument("--alfa-eps", type=size, default=None, metavar="E",
-                       help="bound on the perturbation's norm, a number or a share as above (default: none)")
-    group.add_argument("--alfa-norm", default=None, choices=NORMS,
-                       help="sign of the gradient, or the gradient over its l2 norm (default: linf)")
-    group.add_argument("--alfa-init", default=None, choices=INITS,
-                       help="where the perturbation starts; uniform needs --alfa-eps (default: zero)")
+    group.add_argument(
+        "--alfa-alpha",
+        type=size,
+        default=None,
+        metavar="A",
+        help="step size in feature units, such as 0.002 or 0.5/255, or as a share of the feature's rms, "
+        "such as 2%% (default: 0.5/255)",
+    )
+    group.add_argument(
+        "--alfa-steps",
+        type=int,
+        default=None,
+        metavar="K",
+        help="steps of the attack; the first is nearly free (default: 1)",
+    )
+    group.add_argument(
+        "--alfa-eps",
+        type=size,
+        default=None,
+        metavar="E",
+        help="bound on the perturbation's norm, a number or a share as above (default: none)",
+    )
+    group.add_argument(
+        "--alfa-norm",
+        default=None,
+        choices=NORMS,
+        help="sign of the gradient, or the gradient over its l2 norm (default: linf)",
+    )
+    group.add_argument(
+        "--alfa-init",
+        default=None,
+        choices=INITS,
+        help="where the perturbation starts; uniform needs --alfa-eps (default: zero)",
+    )
     group = parser.add_argument_group("ALFA: the objective")
-    group.add_argument("--alfa-lambda", type=number, default=None, metavar="L",
-                       help="weight of the adversarial losses (default: 1)")
-    group.add_argument("--alfa-reduction", default=None, choices=REDUCTIONS,
-                       help="add the adversarial losses, or average them with the clean one (default: sum)")
-    group.add_argument("--alfa-grad", default=None, choices=GRADIENTS,
-                       help="whether adversarial losses also train the layers before their block (default: full)")
-    group.add_argument("--alfa-bn", default=None, choices=BATCH_NORM_MODES,
-                       help="whether adversarial passes move the running statistics too (shared), or have batch norms "
-                            "of their own (aux; default: clean, neither)")
+    group.add_argument(
+        "--alfa-lambda", type=number, default=None, metavar="L", help="weight of the adversarial losses (default: 1)"
+    )
+    group.add_argument(
+        "--alfa-reduction",
+        default=None,
+        choices=REDUCTIONS,
+        help="add the adversarial losses, or average them with the clean one (default: sum)",
+    )
+    group.add_argument(
+        "--alfa-grad",
+        default=None,
+        choices=GRADIENTS,
+        help="whether adversarial losses also train the layers before their block (default: full)",
+    )
+    group.add_argument(
+        "--alfa-bn",
+        default=None,
+        choices=BATCH_NORM_MODES,
+        help="whether adversarial passes move the running statistics too (shared), or have batch norms "
+        "of their own (aux; default: clean, neither)",
+    )
     group = parser.add_argument_group("L-ALFA: learned strengths")
-    group.add_argument("--alfa-learnable", action="store_true", default=False,
-                       help="learn how strongly each block is perturbed (eta)")
-    group.add_argument("--alfa-gamma", type=number, default=None, metavar="G",
-                       help="weight of the l1 norm of eta; the paper tunes it in 0.5, 1, 2 (default: 0)")
-    group.add_argument("--alfa-eta-lr", type=number, default=None, metavar="LR",
-                       help="learning rate of eta, constant (default: 0.01)")
-    group.add_argument("--alfa-eta-set", default=None, choices=ETA_SETS,
-                       help="where eta lives: sum 1, or sum 1 and no negative entry (default: hyperplane)")
-    group.add_argument("--alfa-sample-blocks", type=int, default=None, metavar="N",
-                       help="perturb N of the blocks per step, drawn at random and weighted accordingly (default: all)")
+    group.add_argument(
+        "--alfa-learnable", action="store_true", default=False, help="learn how strongly each block is perturbed (eta)"
+    )
+    group.add_argument(
+        "--alfa-gamma",
+        type=number,
+        default=None,
+        metavar="G",
+        help="weight of the l1 norm of eta; the paper tunes it in 0.5, 1, 2 (default: 0)",
+    )
+    group.add_argument(
+        "--alfa-eta-lr", type=number, default=None, metavar="LR", help="learning rate of eta, constant (default: 0.01)"
+    )
+    group.add_argument(
+        "--alfa-eta-set",
+        default=None,
+        choices=ETA_SETS,
+        help="where eta lives: sum 1, or sum 1 and no negative entry (default: hyperplane)",
+    )
+    group.add_argument(
+        "--alfa-sample-blocks",
+        type=int,
+        default=None,
+        metavar="N",
+        help="perturb N of the blocks per step, drawn at random and weighted accordingly (default: all)",
+    )
     peers.add_arguments(parser)
 
 
@@ -118,11 +186,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.alfa_learnable:
             raise UsageError("--alfa-learnable: has no effect without --alfa-blocks; name blocks, such as @stages")
         if args.alfa_blocks is not None:
-            raise UsageError(f"--alfa-blocks {' '.join(args.alfa_blocks)}: has no effect with --method {args.method}; "
-                             "use --method alfa")
+            raise UsageError(
+                f"--alfa-blocks {' '.join(args.alfa_blocks)}: has no effect with --method {args.method}; "
+                "use --method alfa"
+            )
         if given:
-            raise UsageError(f"{flag_name(given[0])} {getattr(args, given[0])}: has no effect without --alfa-blocks; "
-                             "name blocks, such as --alfa-blocks @last")
+            raise UsageError(
+                f"{flag_name(given[0])} {getattr(args, given[0])}: has no effect without --alfa-blocks; "
+                "name blocks, such as --alfa-blocks @last"
+            )
         return
     # a default that is spelled out, as in the args.yaml of an earlier run, does no harm
     useless = [name for name in LEARNING if name in given and getattr(args, name) != DEFAULTS[name]]
@@ -135,8 +207,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             setattr(args, name, default)
     _expect(args, "alfa_alpha", "a finite step size above 0, such as 0.5/255 or 2%", is_size_above_zero)
     _expect(args, "alfa_steps", "a whole number of at least 1", lambda v: v >= 1)
-    _expect(args, "alfa_eps", "a finite bound of at least 0, or a share such as 8%",
-            lambda v: v is None or is_size_of_at_least_zero(v))
+    _expect(
+        args,
+        "alfa_eps",
+        "a finite bound of at least 0, or a share such as 8%",
+        lambda v: v is None or is_size_of_at_least_zero(v),
+    )
     _expect(args, "alfa_lambda", "a finite weight of at least 0", lambda v: math.isfinite(v) and v >= 0)
     _expect(args, "alfa_gamma", "a finite weight of at least 0", lambda v: math.isfinite(v) and v >= 0)
     _expect(args, "alfa_eta_lr", "a finite learning rate above 0", lambda v: math.isfinite(v) and v > 0)
@@ -146,14 +222,14 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def create_task(
-        args: argparse.Namespace,
-        model: nn.Module,
-        criterion: nn.Module | None,
-        *,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        verbose: bool,
-        input_size: tuple[int, int, int] | None = None,
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    verbose: bool,
+    input_size: tuple[int, int, int] | None = None,
 ) -> ClassificationTask:
     """timm's own task for ``--method standard``, else the method's.
 
@@ -216,10 +292,7 @@ def create_task(
 
 
 def describe_blocks(
-        args: argparse.Namespace,
-        model: nn.Module,
-        input_size: tuple[int, int, int],
-        device: torch.device,
+    args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int], device: torch.device
 ) -> str:
     """The table of ``--alfa-list-blocks``, with the blocks that ``--alfa-blocks`` picks marked.
 

@@ -82,9 +82,7 @@ def check_inputs(args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
 
 
 def create_seeded_model(
-        args: argparse.Namespace,
-        *,
-        resumed: bool = False,
+    args: argparse.Namespace, *, resumed: bool = False
 ) -> tuple[nn.Module, dict[str, Any], torch.device]:
     """Seeds this process and creates the model; returns it, its data configuration and the device to move it to.
 
@@ -105,11 +103,11 @@ def list_blocks(args: argparse.Namespace) -> None:
 
 
 def assemble(
-        args: argparse.Namespace,
-        resume_path: str,
-        checkpoint: dict[str, Any] | None,
-        *,
-        datasets: tuple[Any, Any] | None = None,
+    args: argparse.Namespace,
+    resume_path: str,
+    checkpoint: dict[str, Any] | None,
+    *,
+    datasets: tuple[Any, Any] | None = None,
 ) -> Plan:
     """Build every part of a run and put ``checkpoint`` back into them. Nothing is written.
 
@@ -161,8 +159,10 @@ def assemble(
     assert module is not None  # a classification task has one
     optimizer = create_optimizer(args, module)
     if getattr(optimizer, "is_second_order", False) and isinstance(task, ReportingTask):
-        raise UsageError(f"--opt {args.opt}: needs second derivatives, which --method {args.method} does not give; "
-                         "choose another optimizer")
+        raise UsageError(
+            f"--opt {args.opt}: needs second derivatives, which --method {args.method} does not give; "
+            "choose another optimizer"
+        )
     resume_epoch = 0
     if checkpoint is not None:
         resume_epoch = restore_training(args, resume_path, checkpoint, task, optimizer, precision.scaler)

@@ -46,8 +46,10 @@ def check_objective(args: argparse.Namespace) -> None:
         raise UsageError("--smoothing 1: must be below 1 without Mixup and CutMix, nothing of a label would be left")
     area = args.cutmix_minmax
     if area is not None and not (len(area) == 2 and 0 <= area[0] < area[1] <= 1):
-        raise UsageError(f"{flag_text('cutmix_minmax', area)}: must be two shares of the image's side, the smallest and "
-                         "a larger one, between 0 and 1")
+        raise UsageError(
+            f"{flag_text('cutmix_minmax', area)}: must be two shares of the image's side, the smallest and "
+            "a larger one, between 0 and 1"
+        )
 
 
 def _batch_sizes(args: argparse.Namespace) -> tuple[str, list[int]]:
@@ -64,9 +66,15 @@ def unused_flags(args: argparse.Namespace) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     mixing, both = is_mixing(args), args.mixup > 0 and (args.cutmix > 0 or args.cutmix_minmax is not None)
     if args.bce_loss and not uses_bce(args):
-        found.append(("--bce-loss", (
-            "has no effect with --smoothing 0 and neither Mixup nor CutMix, as in timm's train.py: this trains with "
-            "cross-entropy; a very small --smoothing, such as 1e-6, gives binary cross-entropy")))
+        found.append(
+            (
+                "--bce-loss",
+                (
+                    "has no effect with --smoothing 0 and neither Mixup nor CutMix, as in timm's train.py: this trains "
+                    "with cross-entropy; a very small --smoothing, such as 1e-6, gives binary cross-entropy"
+                ),
+            )
+        )
     for name in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
         value = getattr(args, name)
         if value is not None and value is not False and not uses_bce(args):
@@ -83,8 +91,12 @@ def unused_flags(args: argparse.Namespace) -> list[tuple[str, str]]:
         found.append((flag_text("mixup_prob", args.mixup_prob), "no batch is mixed"))
     in_workers = not args.no_prefetcher and not args.cache_images and args.workers > 0
     if mixing and args.mixup_off_epoch and args.use_multi_epochs_loader and in_workers:
-        found.append((flag_text("mixup_off_epoch", args.mixup_off_epoch), (
-            "has no effect with --use-multi-epochs-loader, as in timm: its workers, which mix, do not hear of it")))
+        found.append(
+            (
+                flag_text("mixup_off_epoch", args.mixup_off_epoch),
+                ("has no effect with --use-multi-epochs-loader, as in timm: its workers, which mix, do not hear of it"),
+            )
+        )
     return found
 
 
@@ -100,8 +112,10 @@ def check_cut(args: argparse.Namespace, input_size: Sequence[int]) -> None:
     least, most = args.cutmix_minmax
     for side in args.train_img_sizes or input_size[1:]:
         if int(side * least) == int(side * most):
-            raise UsageError(f"{flag_text('cutmix_minmax', args.cutmix_minmax)}: no whole number of pixels lies "
-                             f"between these shares of {side}; expected shares further apart")
+            raise UsageError(
+                f"{flag_text('cutmix_minmax', args.cutmix_minmax)}: no whole number of pixels lies "
+                f"between these shares of {side}; expected shares further apart"
+            )
 
 
 def create_mixup(args: argparse.Namespace) -> tuple[FastCollateMixup | None, Mixup | None]:
@@ -149,5 +163,7 @@ def _warn_of_threshold(args: argparse.Namespace) -> None:
     threshold = args.bce_target_thresh
     if threshold is not None and not lowest <= threshold < highest:
         what = "absent: no" if threshold >= highest else "present: every"
-        _logger.warning(f"--bce-target-thresh {threshold}: trains every class as {what} target lies above it "
-                        f"(they lie between {lowest:.4g} and {highest:.4g})")
+        _logger.warning(
+            f"--bce-target-thresh {threshold}: trains every class as {what} target lies above it "
+            f"(they lie between {lowest:.4g} and {highest:.4g})"
+        )

@@ -68,8 +68,10 @@ def _check_exists(device: str, found: torch.device) -> None:
     if is_distributed_env() and found.type != "cpu":  # a process takes the device of its number
         processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), world_info_from_env()[0] + 1)
         if processes > count:
-            raise UsageError(f"--device {device}: {processes} processes on this machine need a device each, "
-                             f"there is only {known}; start {count}")
+            raise UsageError(
+                f"--device {device}: {processes} processes on this machine need a device each, "
+                f"there is only {known}; start {count}"
+            )
     elif found.index is not None and found.index >= count:
         raise UsageError(f"--device {device}: no such device here, there is {known}")
 

@@ -20,13 +20,13 @@ PAIRS = 5
 
 
 def dry_run(
-        args: argparse.Namespace,
-        task: ClassificationTask,
-        loader: Any,
-        *,
-        device: torch.device,
-        amp_autocast: Callable[[], AbstractContextManager[Any]],
-        optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    task: ClassificationTask,
+    loader: Any,
+    *,
+    device: torch.device,
+    amp_autocast: Callable[[], AbstractContextManager[Any]],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Time plain steps and the task's, in turns, on one batch, and print the ratio. Nothing is saved.
 
@@ -75,8 +75,10 @@ def dry_run(
     ratio = statistics.median(other[0] / base[0] for base, other in pairs)
     plain_time = statistics.median(base[0] for base, _ in pairs)
     print(f"batch {'x'.join(map(str, input.shape))} on {device}, loss {pairs[0][1][1]:.4g}")
-    print(f"plain step {1000 * plain_time:.1f} ms, --method {args.method} {ratio:.2f} times that "
-          f"(median of {PAIRS} pairs, in turns)")
+    print(
+        f"plain step {1000 * plain_time:.1f} ms, --method {args.method} {ratio:.2f} times that "
+        f"(median of {PAIRS} pairs, in turns)"
+    )
 
 
 def _now(device: torch.device) -> float:

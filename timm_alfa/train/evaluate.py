@@ -20,14 +20,14 @@ _logger = logging.getLogger(__name__)
 
 
 def validate(
-        args: argparse.Namespace,
-        task: ClassificationTask,
-        model: nn.Module,
-        loader: Any,
-        *,
-        device: torch.device,
-        precision: Precision,
-        label: str = "Test",
+    args: argparse.Namespace,
+    task: ClassificationTask,
+    model: nn.Module,
+    loader: Any,
+    *,
+    device: torch.device,
+    precision: Precision,
+    label: str = "Test",
 ) -> dict[str, float]:
     """Return ``loss``, ``top1`` and ``top5`` (percent) over all of ``loader``, the same on every rank.
 
@@ -60,6 +60,7 @@ def validate(
                 now = evaluator.summary()
                 _logger.info(
                     f"{label}: [{index:>4d}/{last}]  Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  "
-                    f"Loss: {now['loss']:>6.3f}  Acc@1: {now['top1']:>7.3f}  Acc@5: {now['top5']:>7.3f}")
+                    f"Loss: {now['loss']:>6.3f}  Acc@1: {now['top1']:>7.3f}  Acc@5: {now['top5']:>7.3f}"
+                )
     metrics: dict[str, float] = evaluator.compute(distributed=args.distributed)
     return metrics

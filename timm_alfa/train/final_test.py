@@ -57,6 +57,8 @@ def test_best_checkpoint(run: Training, model: nn.Module, loader: Any, folder: P
     result |= validate(args, run.task, model, loader, device=run.device, precision=run.precision, label=label)
     if utils.is_primary(args) and folder is not None:
         write_file(folder / TEST_FILE, lambda file: file.write((json.dumps(result, indent=4) + "\n").encode()))
-        _logger.info(f"*** {label}: top1 {result['top1']:.3f}, top5 {result['top5']:.3f}, loss {result['loss']:.4f} "
-                     f"({result['checkpoint']}, epoch {result['epoch']})")
+        _logger.info(
+            f"*** {label}: top1 {result['top1']:.3f}, top5 {result['top5']:.3f}, loss {result['loss']:.4f} "
+            f"({result['checkpoint']}, epoch {result['epoch']})"
+        )
     return result

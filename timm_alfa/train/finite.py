@@ -83,4 +83,5 @@ def _stop(args: argparse.Namespace, bad: list[str], when: str) -> None:
     found = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(by_rank) if names)
     raise NonFiniteError(
         f"{when}: not finite on {found}. The weights have not been saved since; a lower --lr or --clip-grad may help, "
-        "and --resume goes on from the last checkpoint")
+        "and --resume goes on from the last checkpoint"
+    )

@@ -132,7 +132,8 @@ def train_one_epoch(run: Training, epoch: int) -> dict[str, float]:
                 text = (
                     _loss_text(run, losses) + f"  Time: {update_time.val:.3f}s, {samples / update_time.val:>7.2f}/s  "
                     f"({update_time.avg:.3f}s, {samples / update_time.avg:>7.2f}/s)  LR: {run.learning_rate:.3e}  "
-                    f"Data: {data_time.val:.3f} ({data_time.avg:.3f})")
+                    f"Data: {data_time.val:.3f} ({data_time.avg:.3f})"
+                )
                 if bar.disable or last:
                     share = 100.0 * (position + 1) / updates
                     _logger.info(f"Train: {epoch} [{position:>4d}/{updates} ({share:>3.0f}%)]  {text}")
@@ -182,13 +183,7 @@ def prepare_batch(run: Training, images: torch.Tensor, target: torch.Tensor) -> 
 
 
 def _step(
-        run: Training,
-        images: torch.Tensor,
-        target: torch.Tensor,
-        check: FiniteCheck,
-        *,
-        accumulated: int,
-        update: bool,
+    run: Training, images: torch.Tensor, target: torch.Tensor, check: FiniteCheck, *, accumulated: int, update: bool
 ) -> float:
     """Run forward and backward and, if ``update``, the optimizer; return the batch's share of the update's loss."""
     args, task, optimizer = run.args, run.task, run.optimizer

@@ -69,7 +69,8 @@ def build_model(args: argparse.Namespace, *, resumed: bool = False) -> nn.Module
     except Exception as error:  # a model's constructor may raise anything about the values it was given
         weights = f" and from --pretrained-path {args.pretrained_path}" if args.pretrained_path and not resumed else ""
         raise UsageError(
-            f"--model {args.model}: cannot be created with these flags{weights}: {one_line(error)}") from error
+            f"--model {args.model}: cannot be created with these flags{weights}: {one_line(error)}"
+        ) from error
     if not resumed:
         if args.initial_checkpoint:
             load_initial_checkpoint(args, model)
@@ -138,10 +139,7 @@ def check_forward(args: argparse.Namespace, model: nn.Module, input_size: Sequen
 
 
 def place_model(
-        args: argparse.Namespace,
-        model: nn.Module,
-        device: torch.device,
-        dtype: torch.dtype | None,
+    args: argparse.Namespace, model: nn.Module, device: torch.device, dtype: torch.dtype | None
 ) -> nn.Module:
     """Moves the model to its device, type and memory layout, with synchronized batch norm if asked for."""
     model.to(device=device, dtype=dtype)

@@ -37,7 +37,8 @@ def resolve_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
     args.lr = args.lr_base * (ratio**0.5 if args.lr_base_scale == "sqrt" else ratio)
     _logger.info(
         f"Learning rate {args.lr} from --lr-base {args.lr_base} and the global batch size {global_batch_size:g} "
-        f"({args.lr_base_scale} scaling).")
+        f"({args.lr_base_scale} scaling)."
+    )
 
 
 def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
@@ -59,12 +60,12 @@ def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim
 
 
 def create_schedule(
-        args: argparse.Namespace,
-        optimizer: torch.optim.Optimizer,
-        *,
-        updates_per_epoch: int,
-        start_epoch: int,
-        decreasing_metric: bool,
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    *,
+    updates_per_epoch: int,
+    start_epoch: int,
+    decreasing_metric: bool,
 ) -> tuple[Any, int]:
     """Create ``--sched`` and move it to ``start_epoch``; return it (None for ``none``) and the number of epochs.
 

@@ -43,7 +43,12 @@ def attack_exported(plan: Plan, folder: Path) -> None:
     model = utils.unwrap_model(run.task.get_eval_model())
     model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     result = evaluate(
-        args, model, loader.dataset, plan.data_config, device=run.device, dtype=run.precision.model_dtype,
+        args,
+        model,
+        loader.dataset,
+        plan.data_config,
+        device=run.device,
+        dtype=run.precision.model_dtype,
         autocast=run.precision.autocast,
     )
     text = json.dumps({"checkpoint": WEIGHTS_FILE, **result}, indent=1) + "\n"

@@ -68,8 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         if not lost_process(error):
             raise
-        _fail(f"another of the {world_info_from_env()[2]} processes is gone ({one_line(error)}); "
-              "--resume auto goes on from the last checkpoint", code=1)
+        _fail(
+            f"another of the {world_info_from_env()[2]} processes is gone ({one_line(error)}); "
+            "--resume auto goes on from the last checkpoint",
+            code=1,
+        )
     except OSError as error:  # the disk is full, the folder has gone, ...
         if error.errno is None:
             raise
@@ -116,7 +119,8 @@ def train(args: argparse.Namespace, *, command: str) -> None:
         run = plan.run
         batches = (prepare_batch(run, images, target) for images, target in run.loader)
         dry_run(
-            args, run.task, batches, device=run.device, amp_autocast=run.precision.autocast, optimizer=run.optimizer)
+            args, run.task, batches, device=run.device, amp_autocast=run.precision.autocast, optimizer=run.optimizer
+        )
     elif plan.start_epoch < plan.stop_epoch:
         _train_and_export(plan, config, command)
     else:
@@ -223,14 +227,14 @@ def _validate(plan: Plan) -> dict[str, float] | None:
     run, args = plan.run, plan.run.args
     if plan.eval_loader is None:
         return None
-    metrics = validate(
-        args, run.task, plan.eval_model, plan.eval_loader, device=run.device, precision=run.precision)
+    metrics = validate(args, run.task, plan.eval_model, plan.eval_loader, device=run.device, precision=run.precision)
     average = run.task.get_eval_model(ema=True)
     if average is not None and not args.model_ema_force_cpu:
         if args.distributed and args.dist_bn:
             utils.distribute_bn(average, args.world_size, args.dist_bn == "reduce")
         metrics = validate(
-            args, run.task, average, plan.eval_loader, device=run.device, precision=run.precision, label="Test (EMA)")
+            args, run.task, average, plan.eval_loader, device=run.device, precision=run.precision, label="Test (EMA)"
+        )
     return metrics
 
 
@@ -283,8 +287,7 @@ def _is_exported(folder: Path) -> bool:
     """Whether the best checkpoint's export is complete: all of its files are there, and not of an earlier session."""
     source = best_checkpoint(folder)
     files = [folder / WEIGHTS_FILE, folder / CONFIG_FILE]
-    return source is None or all(
-        file.exists() and file.stat().st_mtime >= source.stat().st_mtime for file in files)
+    return source is None or all(file.exists() and file.stat().st_mtime >= source.stat().st_mtime for file in files)
 
 
 def _export(plan: Plan, folder: Path) -> None:

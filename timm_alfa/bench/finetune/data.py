@@ -57,8 +57,10 @@ def read_folder(folder: Path) -> Images:
         top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
         pixels.append(array[top : top + side, left : left + side])
         if pixels[-1].shape != pixels[0].shape:
-            raise UsageError(f"--data-dir {folder}: {path} is {side} pixels wide, the first image "
-                             f"{pixels[0].shape[0]}; expected one size")
+            raise UsageError(
+                f"--data-dir {folder}: {path} is {side} pixels wide, the first image "
+                f"{pixels[0].shape[0]}; expected one size"
+            )
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return Images(stacked, torch.tensor([target for _, target in reader.samples]), list(reader.class_to_idx))
 

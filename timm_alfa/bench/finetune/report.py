@@ -22,7 +22,8 @@ def render(runs: Sequence[dict[str, Any]], against: str) -> str:
     tables = []
     for (evaluated_on, count), arms in sorted(found.items()):
         lines = [
-            f"n = {count}, {evaluated_on} images, differences to `{against}` in pairs of a seed, 95 % intervals", "",
+            f"n = {count}, {evaluated_on} images, differences to `{against}` in pairs of a seed, 95 % intervals",
+            "",
             "| arm | seeds | top-1 | gain | NLL | change | ECE | seconds |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]

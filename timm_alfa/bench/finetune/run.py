@@ -141,9 +141,7 @@ class Trainer:
         chosen, others = draw(self.train.labels, count, 100 + seed, spare=2500)
         model = self._fresh(seed)
         config = timm.data.resolve_model_data_config(model)
-        batches = Batches(
-            *self.train.take(chosen, self.device), self.setting.size, config["mean"], config["std"]
-        )
+        batches = Batches(*self.train.take(chosen, self.device), self.setting.size, config["mean"], config["std"])
         loss, average = self._train(arm, model, batches, seed)
         train_seconds = time.monotonic() - start
         if self.setting.evaluate_on == "validation" or self.test is None:
@@ -152,8 +150,14 @@ class Trainer:
             images, labels = self.test.pixels.to(self.device), self.test.labels.to(self.device)
         metrics = evaluate(average.eval(), batches, images, labels)
         return {
-            "arm": arm.name, "seed": seed, "n": len(chosen), "evaluated_on": self.setting.evaluate_on,
-            "images": len(labels), **metrics, "train_loss": loss, "seconds": round(train_seconds, 2),
+            "arm": arm.name,
+            "seed": seed,
+            "n": len(chosen),
+            "evaluated_on": self.setting.evaluate_on,
+            "images": len(labels),
+            **metrics,
+            "train_loss": loss,
+            "seconds": round(train_seconds, 2),
         }
 
     def _fresh(self, seed: int) -> nn.Module:
@@ -168,11 +172,12 @@ class Trainer:
         count, setting = len(batches.labels), self.setting
         per_epoch = -(-count // setting.batch)
         total = max(1, round(setting.epochs * arm.epochs * per_epoch))
-        optimizer = torch.optim.AdamW(
-            model.parameters(), arm.lr, weight_decay=arm.wd, fused=self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(model.parameters(), arm.lr, weight_decay=arm.wd, fused=self.device.type == "cuda")
+        mixup = (
+            Mixup(mixup_alpha=arm.mixup, label_smoothing=arm.smoothing, num_classes=len(self.train.classes))
+            if arm.mixup
+            else None
         )
-        mixup = Mixup(mixup_alpha=arm.mixup, label_smoothing=arm.smoothing, num_classes=len(self.train.classes)) \
-            if arm.mixup else None
         criterion: Callable[[Any, Any], Tensor] = (
             SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=arm.smoothing)
         )
@@ -206,12 +211,22 @@ def _backward(arm: Arm, model: nn.Module, criterion: Callable[[Any, Any], Tensor
     """A step's forward and backward passes; returns the loss."""
     if arm.method == "alfa":
         task: Any = AlfaTask(
-            model, criterion, arm.block, alpha=arm.alpha, steps=arm.steps, norm=arm.norm,  # type: ignore[arg-type]
-            reduction=arm.reduction, verbose=False,  # type: ignore[arg-type]
+            model,
+            criterion,
+            arm.block,
+            alpha=arm.alpha,
+            steps=arm.steps,
+            norm=arm.norm,  # type: ignore[arg-type]
+            reduction=arm.reduction,
+            verbose=False,  # type: ignore[arg-type]
         )
     elif arm.method == "noise":
         task = NoiseTask(
-            model, criterion, arm.block, sigma=arm.alpha, reduction=arm.reduction,  # type: ignore[arg-type]
+            model,
+            criterion,
+            arm.block,
+            sigma=arm.alpha,
+            reduction=arm.reduction,  # type: ignore[arg-type]
             verbose=False,
         )
     else:

@@ -37,21 +37,36 @@ def build_parser() -> argparse.ArgumentParser:
     add("--table", nargs="+", default=[], choices=numbers["table"], metavar="N", help="tables, 1 to 10")
     add("--figure", nargs="+", default=[], choices=numbers["figure"], metavar="N", help="figures, 2 to 4")
     add("--controls", action="store_true", help="runs that take the objective apart")
-    add("--only", nargs="+", default=["*"], metavar="PATTERN",
-        help="of these, only runs with a name like 'cifar10-resnet20s*' (--list shows the names)")
+    add(
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="of these, only runs with a name like 'cifar10-resnet20s*' (--list shows the names)",
+    )
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="S", help="default: 0 1 2 3 4")
     add("--epochs", type=int, default=None, metavar="E", help="shorten (or stretch) every schedule to E epochs")
-    add("--data-dir", nargs="+", default=[], metavar="[DATASET=]DIR",
+    add(
+        "--data-dir",
+        nargs="+",
+        default=[],
+        metavar="[DATASET=]DIR",
         help="images; with several datasets cifar10=DIR cifar100=DIR imagenet=DIR. Folders of images per split and "
-             "class, or for CIFAR what torchvision keeps")
+        "class, or for CIFAR what torchvision keeps",
+    )
     add("--output", default="output/paper", metavar="DIR", help="where runs and results go (default: output/paper)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print the runs and their commands, train nothing")
-    what.add_argument("--report", action="store_true",
-                      help="write report.md and pictures of the results so far, train nothing")
-    add("--against", default="", metavar="NAME",
-        help="with --report: the run that gains are counted from (default: plain training)")
+    what.add_argument(
+        "--report", action="store_true", help="write report.md and pictures of the results so far, train nothing"
+    )
+    add(
+        "--against",
+        default="",
+        metavar="NAME",
+        help="with --report: the run that gains are counted from (default: plain training)",
+    )
     return parser
 
 
@@ -92,8 +107,10 @@ def _main(args: argparse.Namespace, extra: list[str]) -> int:
         _print_list(sheets, jobs, output)
         return 0
     left = run_all(jobs, output, at_once=args.jobs)
-    print(f"{len(jobs) - len(unfinished(jobs, output))} of {len(jobs)} runs have results in {output}; "
-          "--report makes tables of them")
+    print(
+        f"{len(jobs) - len(unfinished(jobs, output))} of {len(jobs)} runs have results in {output}; "
+        "--report makes tables of them"
+    )
     return 1 if left else 0
 
 
@@ -132,8 +149,10 @@ def data_folders(values: Sequence[str], sheets: dict[str, Sheet], *, needed: boo
         name, equals, folder = value.partition("=")
         if not equals:
             if len(datasets) > 1:
-                raise UsageError(f"--data-dir {value}: the runs need several datasets; say which it is: "
-                                 f"{' '.join(f'{dataset}=DIR' for dataset in datasets)}")
+                raise UsageError(
+                    f"--data-dir {value}: the runs need several datasets; say which it is: "
+                    f"{' '.join(f'{dataset}=DIR' for dataset in datasets)}"
+                )
             name, folder = datasets[0], value
         elif name not in ("cifar10", "cifar100", "imagenet"):
             raise UsageError(f"--data-dir {value}: expected cifar10=DIR, cifar100=DIR or imagenet=DIR")
@@ -154,11 +173,11 @@ def data_folders(values: Sequence[str], sheets: dict[str, Sheet], *, needed: boo
 
 
 def create_jobs(
-        sheets: dict[str, Sheet],
-        seeds: Sequence[int],
-        epochs: int | None,
-        folders: dict[str, list[str]],
-        extra: Sequence[str],
+    sheets: dict[str, Sheet],
+    seeds: Sequence[int],
+    epochs: int | None,
+    folders: dict[str, list[str]],
+    extra: Sequence[str],
 ) -> list[Job]:
     """Every run of the sheets once per seed, seed by seed, so that what is finished first can be compared.
 

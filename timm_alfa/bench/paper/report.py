@@ -46,7 +46,7 @@ class Line:
 
 
 def write_report(
-        sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], output: Path, *, against: Run | None = None,
+    sheets: dict[str, Sheet], records: Sequence[dict[str, Any]], output: Path, *, against: Run | None = None
 ) -> Path:
     """Write ``report.md`` and, where matplotlib is installed, a picture per table; return the path of the former.
 
@@ -81,7 +81,8 @@ def write_report(
         f"{base} with the same seed, with its 95 % confidence interval and the p of a paired t-test. *delta* is "
         "the size of the perturbation relative to the feature (rms over rms) at the last perturbed block in the last "
         "epoch. Seconds per epoch are medians of the wall clock, start-up, validation and checkpoints included.\n\n"
-        f"Trained on: {'; '.join(machines)}.\n")
+        f"Trained on: {'; '.join(machines)}.\n"
+    )
     path = output / (f"report-against-{against.name}.md" if against else REPORT)
     write_file(path, lambda file: file.write("\n".join([head, *sections]).encode()))
     return path
@@ -102,16 +103,18 @@ def lines_of(sheet: Sheet, records: Sequence[dict[str, Any]], *, against: Run | 
         seconds = [record["seconds_per_epoch"] for record in own.values() if record["seconds_per_epoch"] is not None]
         ratios = [list(record["delta_ratio"].values())[-1] for record in own.values() if record["delta_ratio"]]
         deltas = [ratio for ratio in ratios if not math.isnan(ratio)]
-        lines.append(Line(
-            label=row.label,
-            top1={seed: own[seed]["top1"] for seed in sorted(own)},
-            paper=row.paper,
-            gain=compare_pairs([own[seed]["top1"] - base[seed]["top1"] for seed in common]) if common else None,
-            paper_gain=None if row.paper is None or paper_base is None else row.paper - paper_base,
-            seconds=statistics.median(seconds) if seconds else None,
-            delta=statistics.median(deltas) if deltas else None,
-            commands=[own[seed]["command"] for seed in sorted(own)],
-        ))
+        lines.append(
+            Line(
+                label=row.label,
+                top1={seed: own[seed]["top1"] for seed in sorted(own)},
+                paper=row.paper,
+                gain=compare_pairs([own[seed]["top1"] - base[seed]["top1"] for seed in common]) if common else None,
+                paper_gain=None if row.paper is None or paper_base is None else row.paper - paper_base,
+                seconds=statistics.median(seconds) if seconds else None,
+                delta=statistics.median(deltas) if deltas else None,
+                commands=[own[seed]["command"] for seed in sorted(own)],
+            )
+        )
     return lines
 
 
@@ -124,8 +127,10 @@ def _compared(run: Run, against: Run | None) -> str:
 
 def _section(sheet: Sheet, setting: str, lines: Sequence[Line], picture: str | None, *, commands: bool) -> str:
     text = [
-        f"## {sheet.title}", "",
-        f"With `{setting}`." if setting else "As in the recipes.", "",
+        f"## {sheet.title}",
+        "",
+        f"With `{setting}`." if setting else "As in the recipes.",
+        "",
         "| run | paper | ours | seeds | paper's gain | gain | p | delta | s/epoch |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -177,8 +182,11 @@ def _draw(path: Path, title: str, setting: str, lines: Sequence[Line]) -> bool:
     seeds = [(value, place) for place, line in enumerate(lines) for value in line.top1.values()]
     means = [(statistics.fmean(line.top1.values()), place) for place, line in enumerate(lines) if line.top1]
     # a smaller experiment's differences are not to be seen beside the paper's accuracies
-    papers = [(line.paper, place) for place, line in enumerate(lines)
-              if line.paper is not None and min(abs(line.paper - mean) for mean, _ in means) < 15]
+    papers = [
+        (line.paper, place)
+        for place, line in enumerate(lines)
+        if line.paper is not None and min(abs(line.paper - mean) for mean, _ in means) < 15
+    ]
     axes.plot(*zip(*seeds, strict=True), ".", color="C0", alpha=0.5, label="each seed")
     axes.plot(*zip(*means, strict=True), "|", color="C0", markersize=16, markeredgewidth=2, label="our mean")
     if papers:

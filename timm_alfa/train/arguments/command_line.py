@@ -24,8 +24,14 @@ def build_parser() -> TrainParser:
         description="Train an image classifier as timm's train.py does, with adversarial feature augmentation (ALFA).",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("-c", "--config", default="", type=str, metavar="FILE",
-                        help="YAML file of flag names and values, which replace the defaults, or a recipe's name")
+    parser.add_argument(
+        "-c",
+        "--config",
+        default="",
+        type=str,
+        metavar="FILE",
+        help="YAML file of flag names and values, which replace the defaults, or a recipe's name",
+    )
     registry.add_arguments(parser)
     flags_data.add_data_arguments(parser)
     flags_data.add_model_arguments(parser)

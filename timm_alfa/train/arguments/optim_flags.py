@@ -20,24 +20,45 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip-mode", type=str, default="norm", metavar="MODE", help="by what: norm, value or agc")
     add("--layer-decay", type=float, default=None, metavar="D", help="learning rate decay from layer to layer")
     add("--layer-decay-min-scale", type=float, default=0, metavar="S", help="smallest scale that --layer-decay gives")
-    add("--layer-decay-no-opt-scale", type=float, default=None, metavar="S",
-        help="layers scaled below this are not trained at all")
-    add("--opt-kwargs", nargs="*", default={}, action=ParseKeyValues, metavar="KEY=VALUE",
-        help="further arguments of the optimizer")
+    add(
+        "--layer-decay-no-opt-scale",
+        type=float,
+        default=None,
+        metavar="S",
+        help="layers scaled below this are not trained at all",
+    )
+    add(
+        "--opt-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKeyValues,
+        metavar="KEY=VALUE",
+        help="further arguments of the optimizer",
+    )
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the learning rate schedule group, epochs included."""
     group = parser.add_argument_group("Learning rate schedule parameters")
     add = group.add_argument
-    add("--sched", type=str, default="cosine", metavar="NAME",
-        help="cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau or none")
+    add(
+        "--sched",
+        type=str,
+        default="cosine",
+        metavar="NAME",
+        help="cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau or none",
+    )
     add("--sched-on-updates", action="store_true", help="step the schedule after every update, not every epoch")
     add("--lr", type=float, default=None, metavar="LR", help="learning rate; left out: from --lr-base")
     add("--lr-base", type=float, default=0.1, metavar="LR", help="learning rate for a global batch of --lr-base-size")
     add("--lr-base-size", type=int, default=256, metavar="N", help="batch size that --lr-base is meant for")
-    add("--lr-base-scale", type=str, default="", metavar="HOW",
-        help="how the rate follows the batch size: linear or sqrt; empty: sqrt for Adam-like optimizers, else linear")
+    add(
+        "--lr-base-scale",
+        type=str,
+        default="",
+        metavar="HOW",
+        help="how the rate follows the batch size: linear or sqrt; empty: sqrt for Adam-like optimizers, else linear",
+    )
     add("--lr-noise", type=float, nargs="+", default=None, metavar="SHARE", help="noise from (to) this share of epochs")
     add("--lr-noise-pct", type=float, default=0.67, metavar="SHARE", help="largest relative noise")
     add("--lr-noise-std", type=float, default=1.0, metavar="S", help="standard deviation of the noise")
@@ -48,16 +69,32 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup-lr", type=float, default=1e-5, metavar="LR", help="learning rate that warm-up starts from")
     add("--min-lr", type=float, default=0, metavar="LR", help="lowest learning rate of cyclic schedules")
     add("--epochs", type=int, default=300, metavar="N", help="epochs of the schedule")
-    add("--stop-epoch", type=int, default=None, metavar="N",
-        help="stop when this many epochs are done, however long the schedule is")
+    add(
+        "--stop-epoch",
+        type=int,
+        default=None,
+        metavar="N",
+        help="stop when this many epochs are done, however long the schedule is",
+    )
     add("--epoch-repeats", type=float, default=0.0, metavar="X", help="go through the data this often per epoch")
     add("--start-epoch", default=None, type=int, metavar="N", help="first epoch, whatever a checkpoint says")
-    add("--decay-milestones", default=[90, 180, 270], type=int, nargs="+", metavar="N",
-        help="epochs at which the multistep schedule decays, increasing")
+    add(
+        "--decay-milestones",
+        default=[90, 180, 270],
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="epochs at which the multistep schedule decays, increasing",
+    )
     add("--decay-epochs", type=float, default=90, metavar="N", help="epochs between decays of the step schedule")
     add("--warmup-epochs", type=int, default=5, metavar="N", help="warm-up epochs")
-    add("--warmup-updates", type=int, default=None, metavar="N",
-        help="warm-up in updates instead of epochs; needs --sched-on-updates")
+    add(
+        "--warmup-updates",
+        type=int,
+        default=None,
+        metavar="N",
+        help="warm-up in updates instead of epochs; needs --sched-on-updates",
+    )
     add("--warmup-prefix", action="store_true", help="warm-up comes before the schedule, not out of its epochs")
     add("--cooldown-epochs", type=int, default=0, metavar="N", help="further epochs at the lowest rate")
     add("--patience-epochs", type=int, default=10, metavar="N", help="patience of the plateau schedule")
@@ -70,8 +107,13 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--no-aug", action="store_true", help="no training augmentation, whatever other flags say")
     add("--train-crop-mode", type=str, default=None, metavar="MODE", help="training crop: rrc, rkrc or rkrr")
-    add("--crop-padding", type=int, default=None, metavar="N",
-        help="training crops of the input's size from the image with N black pixels around it, without resizing")
+    add(
+        "--crop-padding",
+        type=int,
+        default=None,
+        metavar="N",
+        help="training crops of the input's size from the image with N black pixels around it, without resizing",
+    )
     add("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="SHARE", help="area range of random crops")
     add("--ratio", type=float, nargs="+", default=[3.0 / 4.0, 4.0 / 3.0], metavar="R", help="aspect range of crops")
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
@@ -91,8 +133,14 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recount", type=int, default=1, metavar="N", help="largest number of erased areas")
     add("--mixup", type=float, default=0.0, metavar="ALPHA", help="Mixup strength; 0: off")
     add("--cutmix", type=float, default=0.0, metavar="ALPHA", help="CutMix strength; 0: off")
-    add("--cutmix-minmax", type=float, nargs="+", default=None, metavar="SHARE",
-        help="smallest and largest share of a CutMix area; switches CutMix on")
+    add(
+        "--cutmix-minmax",
+        type=float,
+        nargs="+",
+        default=None,
+        metavar="SHARE",
+        help="smallest and largest share of a CutMix area; switches CutMix on",
+    )
     add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of CutMix where both are on")
     add("--mixup-mode", type=str, default="batch", metavar="MODE", help="draw per batch, pair or elem")
@@ -112,13 +160,39 @@ def add_resolution_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-img-sizes", type=int, nargs="+", default=None, metavar="N", help="sides of square training batches")
     add("--train-batch-sizes", type=int, nargs="+", default=None, metavar="N", help="batch size for each of them")
     add("--train-size-probs", type=float, nargs="+", default=None, metavar="P", help="weight of each of them")
-    add("--train-size-schedule", type=str, default="constant", choices=("constant", "progressive"),
-        help="mix all sizes all the time, or move from the first to the last")
-    add("--train-size-schedule-spread", type=float, default=0.65, metavar="X",
-        help="width of the moving window, in sizes")
-    add("--train-size-random-mix", type=float, default=0.1, metavar="SHARE",
-        help="share of batches that a progressive schedule draws from all sizes")
-    add("--train-batches-per-epoch", "--train-steps-per-epoch", type=int, default=None, metavar="N",
-        help="fixed number of batches per epoch")
-    add("--variable-batch-loss-scale", default="none", type=str, choices=("none", "sqrt", "linear"),
-        help="scale gradients by the batch's size against the average one")
+    add(
+        "--train-size-schedule",
+        type=str,
+        default="constant",
+        choices=("constant", "progressive"),
+        help="mix all sizes all the time, or move from the first to the last",
+    )
+    add(
+        "--train-size-schedule-spread",
+        type=float,
+        default=0.65,
+        metavar="X",
+        help="width of the moving window, in sizes",
+    )
+    add(
+        "--train-size-random-mix",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of batches that a progressive schedule draws from all sizes",
+    )
+    add(
+        "--train-batches-per-epoch",
+        "--train-steps-per-epoch",
+        type=int,
+        default=None,
+        metavar="N",
+        help="fixed number of batches per epoch",
+    )
+    add(
+        "--variable-batch-loss-scale",
+        default="none",
+        type=str,
+        choices=("none", "sqrt", "linear"),
+        help="scale gradients by the batch's size against the average one",
+    )

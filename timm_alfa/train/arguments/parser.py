@@ -16,11 +16,11 @@ class ParseKeyValues(ParseKwargs):
     """timm's ``KEY=VALUE ...`` action, with an argument error where timm's fails with a traceback."""
 
     def __call__(
-            self,
-            parser: argparse.ArgumentParser,
-            namespace: argparse.Namespace,
-            values: Any,
-            option_string: str | None = None,
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
     ) -> None:
         for value in values:
             if (value and not value.split("=", 1)[0].isidentifier()) or (value and "=" not in value):
@@ -103,4 +103,5 @@ def check_refused(args: argparse.Namespace) -> None:
         if value != default:
             shown = flag if value is True else f"{flag} {value}"
             raise UsageError(
-                f"{shown}: not supported by train_alfa.py; patches/ adds ALFA to timm's own train.py, which has it")
+                f"{shown}: not supported by train_alfa.py; patches/ adds ALFA to timm's own train.py, which has it"
+            )

@@ -47,9 +47,10 @@ def pretrained_path_checked(args: argparse.Namespace) -> Iterator[None]:
         try:
             result = load(module, weights, *arguments, **options)
         except RuntimeError as error:
-            raise UsageError(f"--pretrained-path {args.pretrained_path}: does not fit --model {args.model}, to which "
-                             f"timm adapts some of the weights but not these: {one_line(error)}; {_AT_THEIR_SIZE}"
-                             ) from error
+            raise UsageError(
+                f"--pretrained-path {args.pretrained_path}: does not fit --model {args.model}, to which "
+                f"timm adapts some of the weights but not these: {one_line(error)}; {_AT_THEIR_SIZE}"
+            ) from error
         _check_arrived(args, module, result.missing_keys)
         return result
 
@@ -65,11 +66,15 @@ def _check_arrived(args: argparse.Namespace, model: nn.Module, missing: Iterable
     body = _without_classifier(model, model.state_dict())
     absent = _without_classifier(model, missing)
     if 2 * len(absent) > len(body):
-        raise UsageError(f"--pretrained-path {args.pretrained_path}: of another model than --model {args.model}: "
-                         f"{len(absent)} of {len(body)} weights are not in it ({_few(absent)})")
+        raise UsageError(
+            f"--pretrained-path {args.pretrained_path}: of another model than --model {args.model}: "
+            f"{len(absent)} of {len(body)} weights are not in it ({_few(absent)})"
+        )
     if absent:
-        _logger.warning(f"--pretrained-path {args.pretrained_path}: {len(absent)} weights of --model {args.model} are "
-                        f"not in it and start at random ({_few(absent)}).")
+        _logger.warning(
+            f"--pretrained-path {args.pretrained_path}: {len(absent)} weights of --model {args.model} are "
+            f"not in it and start at random ({_few(absent)})."
+        )
 
 
 def _explain(args: argparse.Namespace, model: Any, error: Exception) -> str:
@@ -86,12 +91,15 @@ def _explain(args: argparse.Namespace, model: Any, error: Exception) -> str:
         what = f"of another model than --model {args.model}: {len(strange)} weights are in one only ({_few(strange)})"
     elif unfit:
         what = f"of another size than --model {args.model}: " + _few(
-            [f"{name} is {shapes[name]}, expected {own[name]}" for name in unfit])
+            [f"{name} is {shapes[name]}, expected {own[name]}" for name in unfit]
+        )
     else:
         classes = getattr(model, "num_classes", args.num_classes)
         what = f"has another classifier than --model {args.model} with --num-classes {classes}"
-    return (f"{what}; for weights of the same model, --pretrained --pretrained-path {path} adapts classifier, input "
-            f"channels and, mostly, image size, and {_AT_THEIR_SIZE}")
+    return (
+        f"{what}; for weights of the same model, --pretrained --pretrained-path {path} adapts classifier, input "
+        f"channels and, mostly, image size, and {_AT_THEIR_SIZE}"
+    )
 
 
 def _without_classifier(model: Any, names: Iterable[str]) -> list[str]:

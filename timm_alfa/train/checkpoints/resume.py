@@ -64,7 +64,8 @@ def _is_optimizer_state(state: Any) -> bool:
         return False
     groups = state.get("param_groups")
     return isinstance(groups, list) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
 
 
 _RIGHT: dict[str, Callable[[Any], bool]] = {
@@ -77,12 +78,12 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
 
 
 def restore_training(
-        args: argparse.Namespace,
-        path: str,
-        checkpoint: dict[str, Any],
-        task: ClassificationTask,
-        optimizer: torch.optim.Optimizer,
-        scaler: NativeScaler | None,
+    args: argparse.Namespace,
+    path: str,
+    checkpoint: dict[str, Any],
+    task: ClassificationTask,
+    optimizer: torch.optim.Optimizer,
+    scaler: NativeScaler | None,
 ) -> int:
     """Loads weights, the task's own state and, without ``--no-resume-opt``, optimizer and loss scaler.
 
@@ -108,7 +109,8 @@ def restore_training(
         except _MISFITS as error:
             raise UsageError(
                 f"--resume {path}: its optimizer state does not fit --opt {args.opt}: {one_line(error)}; "
-                "--no-resume-opt goes on with a new optimizer") from error
+                "--no-resume-opt goes on with a new optimizer"
+            ) from error
         if scaler is not None:
             _restore_scaler(path, checkpoint.get(scaler.state_dict_key), scaler)
     epoch = checkpoint.get("epoch")
@@ -130,8 +132,10 @@ def _restore_scaler(path: str, state: Any, scaler: NativeScaler) -> None:
             raise ValueError("values that are no numbers")
         scaler.load_state_dict(state)
     except _MISFITS as error:
-        raise UsageError(f"--resume {path}: the state of its loss scaler cannot be used: {one_line(error)}; "
-                         "--no-resume-opt goes on without") from error
+        raise UsageError(
+            f"--resume {path}: the state of its loss scaler cannot be used: {one_line(error)}; "
+            "--no-resume-opt goes on without"
+        ) from error
 
 
 def restore_ema(path: str, checkpoint: dict[str, Any], task: ClassificationTask) -> None:
@@ -141,7 +145,8 @@ def restore_ema(path: str, checkpoint: dict[str, Any], task: ClassificationTask)
         _logger.warning(f"--resume {path}: has no averaged weights; the average starts from the plain ones.")
     try:
         task.load_checkpoint_state(
-            clean_state_dict(checkpoint[f"state_dict{suffix}"]), checkpoint.get(f"task_state{suffix}"), ema=True)
+            clean_state_dict(checkpoint[f"state_dict{suffix}"]), checkpoint.get(f"task_state{suffix}"), ema=True
+        )
     except _MISFITS as error:
         raise UsageError(f"--resume {path}: its averaged weights do not fit: {one_line(error)}") from error
 
@@ -155,4 +160,5 @@ def restore_randomness(args: argparse.Namespace, path: str, checkpoint: dict[str
     if not restored:
         _logger.warning(
             f"--resume {path}: has no random states for {args.world_size} process(es) on this kind of device; "
-            "training goes on, but not exactly as it would have without the break.")
+            "training goes on, but not exactly as it would have without the break."
+        )

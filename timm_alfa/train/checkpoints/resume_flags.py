@@ -152,8 +152,10 @@ def settle_flags(args: argparse.Namespace, path: str, checkpoint: dict[str, Any]
             right = isinstance(before, int) and 0 <= before < 2**32 if name == "seed" else True
             if not (right and isinstance(before, (str, int, float, type(None)))):
                 raise UsageError(f"--resume {path}: damaged ('args': no run has such a {flag_name(name)})")
-            notes.append(f"{_said(name, now)} has no effect, the run goes on with {_said(name, before)}: what it "
-                         "decides is in the checkpoint")
+            notes.append(
+                f"{_said(name, now)} has no effect, the run goes on with {_said(name, before)}: what it "
+                "decides is in the checkpoint"
+            )
             kept[name] = before
         elif fate is Fate.EFFECTIVE and name not in _SESSION:
             effective.append(f"{_said(name, now)} (it was {_said(name, before)})")
@@ -208,14 +210,7 @@ def _changes(args: argparse.Namespace, old: dict[str, Any]) -> list[tuple[str, A
     return found
 
 
-def _fate(
-        name: str,
-        before: Any,
-        now: Any,
-        args: argparse.Namespace,
-        path: str,
-        checkpoint: dict[str, Any],
-) -> Fate:
+def _fate(name: str, before: Any, now: Any, args: argparse.Namespace, path: str, checkpoint: dict[str, Any]) -> Fate:
     rule = FATES[name]
     fate = rule if isinstance(rule, Fate) else rule(before, now, args)
     if fate is Fate.RANKING:
@@ -236,8 +231,10 @@ def _refusal(args: argparse.Namespace, path: str, name: str, before: Any, now: A
     if name in _OF_OPTIMIZER:
         remedy = "--no-resume-opt goes on with a new optimizer"
     elif FATES[name] is Fate.RANKING:
-        remedy = ("checkpoints could not be ranked with the earlier ones; "
-                  f"--resume {path} with another --experiment ranks its own")
+        remedy = (
+            "checkpoints could not be ranked with the earlier ones; "
+            f"--resume {path} with another --experiment ranks its own"
+        )
     else:
         remedy = f"--initial-checkpoint {path} starts a new run from its weights"
     return f"--resume {path}: {_said(name, now)}, but the run was started with {_said(name, before)}; {remedy}"

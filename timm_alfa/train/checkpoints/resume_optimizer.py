@@ -43,7 +43,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | 
         _check_group(group, new)
     _check_state(optimizer)
     changes = dict.fromkeys(
-        change for group, new in zip(optimizer.param_groups, fresh, strict=True) for change in _follow(group, new))
+        change for group, new in zip(optimizer.param_groups, fresh, strict=True) for change in _follow(group, new)
+    )
     if changes and is_first_process():
         _logger.info(f"The optimizer's state goes on with changed values: {', '.join(changes)}.")
 

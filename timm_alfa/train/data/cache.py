@@ -87,7 +87,8 @@ class CachedLoader:
         self.images, self.targets = read_images(loader.dataset, loader.loader.num_workers)
         # a loader of numbers, so that the order is drawn as the loader of images draws it
         self.indices: Any = DataLoader(
-            range(len(self.images)), batch_sampler=loader.batch_sampler, collate_fn=torch.tensor)  # type: ignore[arg-type]
+            range(len(self.images)), batch_sampler=loader.batch_sampler, collate_fn=torch.tensor
+        )  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         source = self.loader
@@ -154,7 +155,8 @@ def read_images(dataset: Dataset[Any], workers: int) -> tuple[Tensor, Tensor]:
     assert images is not None
     _logger.info(
         f"Keeping {count:,} images in memory ({images.nbytes / 2**20:,.0f} MiB), "
-        f"read in {time.monotonic() - start:.1f} s.")
+        f"read in {time.monotonic() - start:.1f} s."
+    )
     return torch.from_numpy(images), targets
 
 
@@ -170,8 +172,10 @@ def _check_memory(needed: int) -> None:
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
-        raise UsageError(f"--cache-images: the images need {needed / 2**30:.0f} GiB, this machine has "
-                         f"{memory / 2**30:.0f} GiB of memory")
+        raise UsageError(
+            f"--cache-images: the images need {needed / 2**30:.0f} GiB, this machine has "
+            f"{memory / 2**30:.0f} GiB of memory"
+        )
 
 
 def check_cache_arguments(args: argparse.Namespace) -> None:

@@ -24,8 +24,10 @@ _PACKAGES = {
 }
 _KINDS = ("torch", *_PACKAGES)
 STREAMS = ("hfids", "tfds", "wds")  # kinds that are read in order, their images have no numbers
-_TWO_PARTS = ("digits", *(f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "qmnist",
-                                                       "fashion_mnist")))
+_TWO_PARTS = (
+    "digits",
+    *(f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "qmnist", "fashion_mnist")),
+)
 # names that timm takes for one another when it looks for the folder of a split
 _SYNONYMS = (TRAIN_SPLITS, ("val", "valid", "validation", "eval", "evaluation"))
 
@@ -56,12 +58,16 @@ def check_data_arguments(args: argparse.Namespace) -> None:
     """
     kind = dataset_kind(args)
     if args.val_fraction is not None and args.val_split not in ("", "validation"):  # the default
-        raise UsageError(f"--val-split {args.val_split}: has no effect with --val-fraction; leave one of the two out "
-                         "(--test-split names images for the final test)")
+        raise UsageError(
+            f"--val-split {args.val_split}: has no effect with --val-fraction; leave one of the two out "
+            "(--test-split names images for the final test)"
+        )
     for flag, split in _splits(args).items():
         if args.test_split and flag != "--test-split" and _same_images(args, split, args.test_split):
-            raise UsageError(f"--test-split {args.test_split}: the same images as {flag} {split}; expected others, "
-                             "or --val-fraction to validate on a part of the training images")
+            raise UsageError(
+                f"--test-split {args.test_split}: the same images as {flag} {split}; expected others, "
+                "or --val-fraction to validate on a part of the training images"
+            )
     if args.class_map and kind in ("digits", "torch"):
         raise UsageError(f"--class-map {args.class_map}: has no effect with --dataset {args.dataset}")
     if kind == "digits":
@@ -127,7 +133,8 @@ def _check_folder(args: argparse.Namespace) -> None:
         if folder is None:
             empty = " (or '' to train without validation)" if flag == "--val-split" else ""
             raise UsageError(
-                f"{flag} {splits[flag]}: no such folder in {root}, expected one of {_subfolders(root)}{empty}")
+                f"{flag} {splits[flag]}: no such folder in {root}, expected one of {_subfolders(root)}{empty}"
+            )
         if not _has_image(folder, extensions):
             suffixes = ", ".join(sorted(extensions)[:6])
             raise UsageError(f"--data-dir {root}: no images in {folder}, expected files such as {suffixes}")
@@ -137,13 +144,17 @@ def _check_folder(args: argparse.Namespace) -> None:
 
 def _check_tar(args: argparse.Namespace, root: str) -> None:
     if Path(root).suffix.lower() != ".tar" or is_torch_folder(args):
-        raise UsageError(f"--data-dir {root}: a file, expected a folder of images"
-                         + ("" if is_torch_folder(args) else " or a .tar file"))
+        raise UsageError(
+            f"--data-dir {root}: a file, expected a folder of images"
+            + ("" if is_torch_folder(args) else " or a .tar file")
+        )
     for flag, split in _splits(args).items():
         if flag != "--train-split":
             remedy = ", --val-fraction, or '' to train without validation" if flag == "--val-split" else ""
-            raise UsageError(f"{flag} {split}: --data-dir {root} has no splits, these would be the images that are "
-                             f"trained on; expected a folder of splits{remedy}")
+            raise UsageError(
+                f"{flag} {split}: --data-dir {root} has no splits, these would be the images that are "
+                f"trained on; expected a folder of splits{remedy}"
+            )
     if args.class_map:
         read_class_map(args.class_map, os.path.dirname(root))
 

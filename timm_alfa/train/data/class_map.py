@@ -69,8 +69,9 @@ def _number(where: str, names: list[str]) -> dict[Any, int]:
         if not name:
             raise UsageError(f"{where}: line {index + 1} is empty, expected a class name on every line")
         if name in numbered:
-            raise UsageError(f"{where}: {name!r} is on line {numbered[name] + 1} and on line {index + 1}, expected "
-                             "every name once")
+            raise UsageError(
+                f"{where}: {name!r} is on line {numbered[name] + 1} and on line {index + 1}, expected every name once"
+            )
         numbered[name] = index
     return numbered
 

@@ -14,17 +14,21 @@ from ...tasks.flags import flag_text
 from .class_map import check_same_names
 from .split import Part, class_indices
 
-__all__ = ["check_class_count", "check_parts", "check_source_labels", "check_trained_classes", "class_to_index",
-           "label_names", "log_size"]
+__all__ = [
+    "check_class_count",
+    "check_parts",
+    "check_source_labels",
+    "check_trained_classes",
+    "class_to_index",
+    "label_names",
+    "log_size",
+]
 
 _logger = logging.getLogger(__name__)
 
 
 def check_class_count(
-        args: argparse.Namespace,
-        dataset_train: Dataset[Any],
-        dataset_eval: Dataset[Any] | None,
-        flag: str = "--val-split",
+    args: argparse.Namespace, dataset_train: Dataset[Any], dataset_eval: Dataset[Any] | None, flag: str = "--val-split"
 ) -> None:
     """Check that the model has an output for every class, and that both splits have the same classes, numbered alike.
 
@@ -43,10 +47,15 @@ def check_class_count(
     eval_classes = class_to_index(dataset_eval)
     split = args.test_split if flag == "--test-split" else args.val_split
     if classes and eval_classes and classes != eval_classes:
-        check_same_names(f"{flag} {split}: {len(eval_classes)} classes, {len(classes)} in --train-split "
-                         f"{args.train_split}", ("in --train-split", classes), (f"in {flag}", eval_classes))
-        raise UsageError(f"{flag} {split}: its classes are numbered differently than those of --train-split "
-                         f"{args.train_split}; expected one --class-map for both")
+        check_same_names(
+            f"{flag} {split}: {len(eval_classes)} classes, {len(classes)} in --train-split {args.train_split}",
+            ("in --train-split", classes),
+            (f"in {flag}", eval_classes),
+        )
+        raise UsageError(
+            f"{flag} {split}: its classes are numbered differently than those of --train-split "
+            f"{args.train_split}; expected one --class-map for both"
+        )
     for name, value, dataset in (("--train-split", args.train_split, dataset_train), (flag, split, dataset_eval)):
         if dataset is not None and not class_to_index(dataset):
             _check_labels(args, f"{name} {value}", dataset)
@@ -69,8 +78,10 @@ def _check_labels(args: argparse.Namespace, where: str, dataset: Any) -> None:
         raise UsageError(f"{where}: a label is {labels.tolist()[0]!r}, expected the index of a class")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= args.num_classes:
-        raise UsageError(f"{where}: has labels from {low} to {high}, --num-classes {args.num_classes} has 0 to "
-                         f"{args.num_classes - 1}")
+        raise UsageError(
+            f"{where}: has labels from {low} to {high}, --num-classes {args.num_classes} has 0 to "
+            f"{args.num_classes - 1}"
+        )
 
 
 def label_names(dataset: Any) -> list[str] | dict[int, str]:
@@ -95,9 +106,7 @@ def label_names(dataset: Any) -> list[str] | dict[int, str]:
 
 
 def check_trained_classes(
-        what: str,
-        trained: list[str] | dict[int, str] | None,
-        names: list[str] | dict[int, str],
+    what: str, trained: list[str] | dict[int, str] | None, names: list[str] | dict[int, str]
 ) -> None:
     """Check that a checkpoint was trained on the classes of the data at hand, in their order, where both say.
 
@@ -112,8 +121,11 @@ def check_trained_classes(
     if not trained or not names or trained == names:
         return
     there, here = (list(found.values() if isinstance(found, dict) else found) for found in (trained, names))
-    check_same_names(f"{what}: was trained on {len(there)} classes, the data has {len(here)}",
-                     ("in the checkpoint", there), ("in the data", here))
+    check_same_names(
+        f"{what}: was trained on {len(there)} classes, the data has {len(here)}",
+        ("in the checkpoint", there),
+        ("in the data", here),
+    )
     raise UsageError(f"{what}: numbers its classes differently than the data; expected the same --class-map")
 
 
@@ -181,8 +193,11 @@ def check_source_labels(class_map: str, where: str, reader: Any) -> None:
     indices = set(names) or set(map(_plain, reader.dataset[reader.label_key]))
     mapped = set(reader.class_to_idx)
     by_name = names and not mapped & set(names)
-    check_same_names(f"--class-map {class_map}: not the classes of {where}",
-                     ("in the map", mapped), ("in the dataset", names.values() if by_name else indices))
+    check_same_names(
+        f"--class-map {class_map}: not the classes of {where}",
+        ("in the map", mapped),
+        ("in the dataset", names.values() if by_name else indices),
+    )
 
 
 def _plain(label: Any) -> Any:

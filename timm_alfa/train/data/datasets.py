@@ -80,12 +80,7 @@ def create_evaluation_set(args: argparse.Namespace, data_config: dict[str, Any],
 
 
 def _create_dataset(
-        args: argparse.Namespace,
-        data_config: dict[str, Any],
-        split_flag: str,
-        split: str,
-        *,
-        is_training: bool,
+    args: argparse.Namespace, data_config: dict[str, Any], split_flag: str, split: str, *, is_training: bool
 ) -> Dataset[Any]:
     mode = _image_mode(args, data_config["input_size"][0])
     where = f"{split_flag} {split}"
@@ -133,6 +128,8 @@ def _image_mode(args: argparse.Namespace, channels: int) -> str:
     if MODES[mode] != channels:
         fitting = [name for name, count in MODES.items() if count == channels]
         remedy = f"expected {' or '.join(fitting)}" if fitting else "no mode of images has as many"
-        raise UsageError(f"--input-img-mode {mode}: gives images of {MODES[mode]} channels, the model takes {channels} "
-                         f"(--in-chans); {remedy}")
+        raise UsageError(
+            f"--input-img-mode {mode}: gives images of {MODES[mode]} channels, the model takes {channels} "
+            f"(--in-chans); {remedy}"
+        )
     return mode

@@ -41,11 +41,11 @@ class Digits(Dataset[tuple[Any, int]]):
     classes = tuple(str(digit) for digit in range(10))
 
     def __init__(
-            self,
-            split: str = "train",
-            *,
-            input_img_mode: str = "RGB",
-            transform: Callable[[Image.Image], Any] | None = None,
+        self,
+        split: str = "train",
+        *,
+        input_img_mode: str = "RGB",
+        transform: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         if split not in TRAIN_SPLITS + HELD_OUT_SPLITS:
             raise UsageError(

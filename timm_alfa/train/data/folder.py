@@ -97,7 +97,8 @@ def list_images(folder: str, types: set[str]) -> Listing:
             empty.append(root)
     bare, has_direct = set(empty), direct - {folder}
     listing.empty = sorted(
-        os.path.relpath(path, folder) for path in empty
+        os.path.relpath(path, folder)
+        for path in empty
         # of empty folders in an empty one the outermost is told; in a class's folder they are no classes
         if os.path.dirname(path) not in bare and os.path.dirname(path) not in has_direct
     )
@@ -123,13 +124,17 @@ def check_listing(where: str, folder: str, listing: Listing, *, remedy: str = ""
     if len(outside) == len(listing.images):
         raise UsageError(f"{where}: {folder} has images but no class folders, expected a folder per class")
     if outside:
-        raise UsageError(f"{where}: {len(outside)} images lie in {folder} itself, such as "
-                         f"{os.path.basename(outside[0])}; expected all of them in the folders of classes")
+        raise UsageError(
+            f"{where}: {len(outside)} images lie in {folder} itself, such as "
+            f"{os.path.basename(outside[0])}; expected all of them in the folders of classes"
+        )
     if listing.empty:
         shown = ", ".join(map(repr, listing.empty[:_SHOWN]))
         more = f" and {len(listing.empty) - _SHOWN} more" if len(listing.empty) > _SHOWN else ""
-        raise UsageError(f"{where}: no images in the class folders {shown}{more} of {folder}"
-                         f"{_others(listing, remedy)}; fill or remove them")
+        raise UsageError(
+            f"{where}: no images in the class folders {shown}{more} of {folder}"
+            f"{_others(listing, remedy)}; fill or remove them"
+        )
     if tell and listing.skipped:
         _logger.warning(f"{where}: not all files are read{_others(listing, remedy)}")
     if tell and listing.hidden:
@@ -156,7 +161,8 @@ class FolderReader(Reader):
         self.root = root
         self.class_to_idx = number_classes(label for _, label in images) if class_to_idx is None else class_to_idx
         self.samples = sorted(
-            ((path, self.class_to_idx[label]) for path, label in images), key=lambda sample: natural_key(sample[0]))
+            ((path, self.class_to_idx[label]) for path, label in images), key=lambda sample: natural_key(sample[0])
+        )
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, target = self.samples[index]

@@ -46,8 +46,11 @@ def open_folder(args: argparse.Namespace, where: str, split: str, mode: str) -> 
         check_listing(where, folder, listing, remedy="--input-key names other endings", tell=tell)
         class_map = read_class_map(args.class_map, folder) if args.class_map else None
         if class_map is not None:
-            check_same_names(f"--class-map {args.class_map}: not the class folders of {where}",
-                             ("in the map", class_map), ("in the folder", {label for _, label in listing.images}))
+            check_same_names(
+                f"--class-map {args.class_map}: not the class folders of {where}",
+                ("in the map", class_map),
+                ("in the folder", {label for _, label in listing.images}),
+            )
         reader = FolderReader(folder, listing.images, class_map)
     return NamedImageDataset(ImageDataset(root=None, reader=reader, input_img_mode=mode))
 
@@ -85,8 +88,10 @@ def _is_image(path: str) -> bool:
 def _refuse_keys(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name):
-            raise UsageError(f"{flag_text(name, getattr(args, name))}: has no effect with "
-                             f"{args.dataset or 'images in'} {data_root(args)}")
+            raise UsageError(
+                f"{flag_text(name, getattr(args, name))}: has no effect with "
+                f"{args.dataset or 'images in'} {data_root(args)}"
+            )
 
 
 def _root(args: argparse.Namespace) -> str:

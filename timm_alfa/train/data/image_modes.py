@@ -79,14 +79,18 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if image.mode == "F":
         if not (low >= 0 and high <= 1):  # neither holds of values that are not numbers
-            raise PixelRangeError(f"a floating-point image with values from {low:g} to {high:g}, expected 0 to 1; "
-                                  "store it with 8 or 16 bits")
+            raise PixelRangeError(
+                f"a floating-point image with values from {low:g} to {high:g}, expected 0 to 1; "
+                "store it with 8 or 16 bits"
+            )
         scaled = np.rint(values * 255)
     else:
         white = _white(image)
         if low < 0 or high > white:
-            raise PixelRangeError(f"a {'16' if white < 65535 else '32'}-bit image with values from {low} to {high}, "
-                                  f"expected 0 to {white}; store it with 8 or 16 unsigned bits")
+            raise PixelRangeError(
+                f"a {'16' if white < 65535 else '32'}-bit image with values from {low} to {high}, "
+                f"expected 0 to {white}; store it with 8 or 16 unsigned bits"
+            )
         if white == 2**16 - 1 and 0 < high < 2**12:
             _tell_of_dark_images(int(high))
         scaled = (values.astype(np.uint32) * 255 + white // 2) // white
@@ -100,9 +104,11 @@ def _tell_of_dark_images(high: int) -> None:
     global _told_of_dark_images
     if not _told_of_dark_images:
         _told_of_dark_images = True
-        _logger.warning(f"A 16-bit image has no value above {high}, and so none above {(high * 255 + 32767) // 65535} "
-                        "of 255 as it is read; images of fewer bits need scaling to 65535 to be seen. "
-                        "There may be more of them.")
+        _logger.warning(
+            f"A 16-bit image has no value above {high}, and so none above {(high * 255 + 32767) // 65535} "
+            "of 255 as it is read; images of fewer bits need scaling to 65535 to be seen. "
+            "There may be more of them."
+        )
 
 
 def _white(image: Image.Image) -> int:

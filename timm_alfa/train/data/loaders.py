@@ -23,15 +23,15 @@ __all__ = ["check_first_image", "create_loaders"]
 
 
 def create_loaders(
-        args: argparse.Namespace,
-        data_config: dict[str, Any],
-        dataset_train: Any,
-        dataset_eval: Any | None,
-        dataset_test: Any | None = None,
-        *,
-        device: torch.device,
-        img_dtype: torch.dtype | None,
-        collate_fn: Callable[..., Any] | None,
+    args: argparse.Namespace,
+    data_config: dict[str, Any],
+    dataset_train: Any,
+    dataset_eval: Any | None,
+    dataset_test: Any | None = None,
+    *,
+    device: torch.device,
+    img_dtype: torch.dtype | None,
+    collate_fn: Callable[..., Any] | None,
 ) -> tuple[Any, Any | None, Any | None]:
     """Create the loaders with their transforms, set on the datasets, by ``timm.data.create_loader``.
 
@@ -72,8 +72,12 @@ def create_loaders(
         with mistakes_in_one_line("--train-split: its first image cannot be used"):
             _check_image_size(dataset_train, data_config["input_size"])
     if dataset_kind(args) == "wds":
-        check_workers(f"--train-split {args.train_split}", dataset_train.reader, workers=args.workers,
-                      processes=args.world_size if args.distributed else 1)
+        check_workers(
+            f"--train-split {args.train_split}",
+            dataset_train.reader,
+            workers=args.workers,
+            processes=args.world_size if args.distributed else 1,
+        )
     with mistakes_in_one_line("augmentation and loader flags (--aa, --remode, --train-img-sizes, ...)"):
         loader_train = create_loader(
             dataset_train,
@@ -112,7 +116,9 @@ def create_loaders(
     per_batch = args.validation_batch_size or args.batch_size
     with mistakes_in_one_line("validation transforms (--interpolation, --crop-pct, ...)"):
         loader_eval, loader_test = (
-            None if dataset is None else create_loader(
+            None
+            if dataset is None
+            else create_loader(
                 dataset,
                 batch_size=per_batch,
                 is_training=False,
@@ -167,13 +173,17 @@ def check_first_image(args: argparse.Namespace, dataset: Any, split_flag: str, c
     with randomness_kept(), mistakes_in_one_line(f"{split_flag}: its first image cannot be used"):
         shape: Sequence[int] = getattr(dataset[0][0], "shape", ())
     if len(shape) == 3 and shape[0] != channels:
-        raise UsageError(f"--input-img-mode {args.input_img_mode}: gives images of {shape[0]} channels, expected "
-                         f"the model's {channels} (--in-chans)")
+        raise UsageError(
+            f"--input-img-mode {args.input_img_mode}: gives images of {shape[0]} channels, expected "
+            f"the model's {channels} (--in-chans)"
+        )
 
 
 def _check_image_size(dataset: Any, input_size: Sequence[int]) -> None:
     """Look at one image: --crop-padding pads and crops, it does not resize."""
     width, height = dataset[0][0].size
     if (height, width) != tuple(input_size[1:]):
-        raise UsageError(f"--crop-padding: the images are {height}x{width}, expected the model's input size, "
-                         f"{input_size[1]}x{input_size[2]} (--img-size)")
+        raise UsageError(
+            f"--crop-padding: the images are {height}x{width}, expected the model's input size, "
+            f"{input_size[1]}x{input_size[2]} (--img-size)"
+        )

@@ -56,8 +56,10 @@ def check_split_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--train-fraction {args.train_fraction}: expected a share above 0 and up to 1, such as 0.1")
     for name in ("val_fraction", "train_fraction"):
         if getattr(args, name) is not None and dataset_kind(args) in STREAMS:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: --dataset {args.dataset} is a stream, "
-                             "whose images cannot be picked; name splits with --train-split and --val-split")
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: --dataset {args.dataset} is a stream, "
+                "whose images cannot be picked; name splits with --train-split and --val-split"
+            )
 
 
 def split_training_set(args: argparse.Namespace, dataset: Any) -> tuple[Any, Part | None]:
@@ -78,8 +80,10 @@ def split_training_set(args: argparse.Namespace, dataset: Any) -> tuple[Any, Par
     classes = class_indices(dataset)
     if classes is None:
         flag = "--val-fraction" if args.val_fraction is not None else "--train-fraction"
-        raise UsageError(f"{flag}: --dataset {args.dataset} does not list its labels, which a split by class needs; "
-                         "name splits with --train-split and --val-split")
+        raise UsageError(
+            f"{flag}: --dataset {args.dataset} does not list its labels, which a split by class needs; "
+            "name splits with --train-split and --val-split"
+        )
     train, held_out = split_indices(classes, args.val_fraction or 0.0, args.train_fraction or 1.0, args.split_seed)
     if args.val_fraction is not None and not len(held_out):
         raise UsageError(f"--val-fraction {args.val_fraction}: holds out none of {len(classes)} images")
@@ -89,10 +93,7 @@ def split_training_set(args: argparse.Namespace, dataset: Any) -> tuple[Any, Par
 
 
 def split_indices(
-        classes: np.ndarray,
-        val_fraction: float,
-        train_fraction: float,
-        seed: int,
+    classes: np.ndarray, val_fraction: float, train_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the held-out items and those to train on, class by class.
 

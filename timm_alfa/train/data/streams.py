@@ -37,7 +37,8 @@ class StreamedImages(IterableImageDataset):
 
     def __init__(self, dataset: IterableImageDataset, *, mode: str, num_classes: int | None, where: str) -> None:
         super().__init__(
-            root=None, reader=dataset.reader, transform=dataset.transform, target_transform=dataset.target_transform)
+            root=None, reader=dataset.reader, transform=dataset.transform, target_transform=dataset.target_transform
+        )
         if type(self.reader).__name__ != "ReaderTfds":  # which decodes by itself, to 8 bits
             self.reader.input_img_mode = ""  # as they are; the conversion is here
         self.mode = mode
@@ -79,8 +80,10 @@ class StreamedImages(IterableImageDataset):
         if target < 0:
             raise DataError(f"{self.where}: a label is {target}, expected none below 0")
         if target >= self.num_classes:
-            raise DataError(f"{self.where}: a label is {target}, --num-classes {self.num_classes} ends at "
-                            f"{self.num_classes - 1}; expected at least {target + 1} classes")
+            raise DataError(
+                f"{self.where}: a label is {target}, --num-classes {self.num_classes} ends at "
+                f"{self.num_classes - 1}; expected at least {target + 1} classes"
+            )
 
 
 def check_shards(dataset: StreamedImages) -> None:
@@ -169,8 +172,10 @@ def check_workers(where: str, reader: Any, *, workers: int, processes: int) -> N
     shards = len(reader.split_info.filenames)
     needed = max(1, workers) * processes
     if shards < needed:
-        raise UsageError(f"--workers {workers}: {where} has {shards} shards for {needed} data workers in {processes} "
-                         f"processes, each of which needs one; expected at most --workers {shards // processes}")
+        raise UsageError(
+            f"--workers {workers}: {where} has {shards} shards for {needed} data workers in {processes} "
+            f"processes, each of which needs one; expected at most --workers {shards // processes}"
+        )
 
 
 def _missing(reader: Any, error: KeyError) -> str:

@@ -48,8 +48,9 @@ class TarReader(ReaderImageInTar):
         check_listing(where, root, listing, tell=tell)
         names = [label for _, label in images]
         if class_map is not None:
-            check_same_names(f"--class-map: not the class folders of {where}",
-                             ("in the map", class_map), ("in the file", names))
+            check_same_names(
+                f"--class-map: not the class folders of {where}", ("in the map", class_map), ("in the file", names)
+            )
         self.samples = self.samples[seen]
         self.class_name_to_idx = number_classes(names) if class_map is None else class_map
         self.class_idx_to_name = {index: name for name, index in self.class_name_to_idx.items()}
