@@ -11,7 +11,15 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask, LogitDistillationTask
+
+# fmt: off
+# isort: off
+from timm.task import (
+    ClassificationTask,
+    LogitDistillationTask,
+)
+# isort: on
+# fmt: on
 
 config_parser = parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("--config", default="")

@@ -165,7 +165,7 @@ def test_alfa_with_auxiliary_norms(steps: int, as_task: bool) -> None:
     plain_aux = AuxBatchNorms(plain)
     if as_task:
         task = AlfaTask(model, nn.CrossEntropyLoss(), ["block"], verbose=False, **options)
-        aux = task.alfa.aux
+        aux = task.engine.aux
     else:
         alfa = AlfaWrapper(model, nn.CrossEntropyLoss(), ["block"], **options)
         aux = alfa.aux
@@ -200,30 +200,30 @@ def test_life_cycle_with_optimizer_ema_and_checkpoint() -> None:
     model, images, target = family("resnet")
     plain_keys = list(model.state_dict())
     task = AlfaTask(model, nn.CrossEntropyLoss(), ["layer3"], bn="aux", verbose=False)
-    task.alfa.check_blocks((3, 64, 64))
-    assert task.alfa.aux is not None
-    assert all(name.startswith("layer4") for name in task.alfa.aux.names)
+    task.engine.check_blocks((3, 64, 64))
+    assert task.engine.aux is not None
+    assert all(name.startswith("layer4") for name in task.engine.aux.names)
     optimizer = create_optimizer_v2(task.get_trainable_module(), "sgd", lr=0.1, weight_decay=1e-4)
     task.setup_ema(decay=0.5)
-    start = task.alfa.aux.state_dict()
+    start = task.engine.aux.state_dict()
     for step in range(2):
         task(images, target)["loss"].backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
         task.update_ema(step=step)
-    end = task.alfa.aux.state_dict()
+    end = task.engine.aux.state_dict()
     assert all(not torch.equal(start[name], end[name]) for name in start)
     for ema in (False, True):
         state = task.get_checkpoint_state(ema=ema)
         assert list(state["state_dict_ema" if ema else "state_dict"]) == plain_keys
     checkpoint = task.get_checkpoint_state()
     again = AlfaTask(family("resnet")[0], nn.CrossEntropyLoss(), ["layer3"], bn="aux", verbose=False)
-    again.alfa.check_blocks((3, 64, 64))
+    again.engine.check_blocks((3, 64, 64))
     again.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
-    assert again.alfa.aux is not None
-    assert all(torch.equal(tensor, end[name]) for name, tensor in again.alfa.aux.state_dict().items())
-    task.alfa.remove()
+    assert again.engine.aux is not None
+    assert all(torch.equal(tensor, end[name]) for name, tensor in again.engine.aux.state_dict().items())
+    task.engine.remove()
     assert [name for name, _ in model.named_parameters()] == [
         key for key in plain_keys if "running" not in key and "num_batches" not in key
     ]

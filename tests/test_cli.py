@@ -12,15 +12,10 @@ from torch import nn
 from toys import Repeated
 
 from timm_alfa import AlfaTask, UsageError
-from timm_alfa.tasks.registry import (
-    DEFAULTS,
-    add_arguments,
-    check_arguments,
-    create_task,
-    describe_blocks,
-    is_enabled,
-    number,
-)
+from timm_alfa.perturbation import Pgd
+from timm_alfa.tasks import alfa
+from timm_alfa.tasks.flags import number
+from timm_alfa.tasks.registry import add_arguments, check_arguments, create_task, describe_blocks, is_enabled
 
 
 def _parse(*argv: str) -> argparse.Namespace:
@@ -69,7 +64,7 @@ def test_off_by_default() -> None:
     args = _checked()
     assert args.method == "standard"
     assert not is_enabled(args)
-    assert all(getattr(args, name) is None for name in DEFAULTS)
+    assert not any(getattr(args, flag.name) for flag in alfa.FLAGS)
     task = _task(timm.create_model("test_resnet"))
     assert type(task) is ClassificationTask
 
@@ -78,7 +73,8 @@ def test_blocks_switch_it_on_with_all_defaults() -> None:
     args = _checked("--alfa-blocks", "layer3", "layer4")
     assert is_enabled(args)
     assert args.alfa_blocks == ["layer3", "layer4"]
-    assert {name: getattr(args, name) for name in DEFAULTS} == DEFAULTS
+    others = alfa.FLAGS[1:]
+    assert {flag.name: getattr(args, flag.name) for flag in others} == {flag.name: flag.default for flag in others}
     assert args.alfa_alpha == 0.5 / 255
 
 
@@ -163,9 +159,10 @@ def test_flags_reach_the_task() -> None:
         "mean",
     )
     assert isinstance(task, AlfaTask)
-    alfa, loss = task.alfa, task.objective
-    assert (alfa.blocks, alfa.alpha, alfa.steps, alfa.eps) == (["layer4"], 1 / 255, 3, 2 / 255)
-    assert (alfa.norm, alfa.init, alfa.grad, alfa.bn) == ("l2", "uniform", "tail", "shared")
+    engine, loss = task.engine, task.objective
+    assert engine.blocks == ["layer4"]
+    assert engine.perturbation == Pgd(1 / 255, steps=3, eps=2 / 255, norm="l2", init="uniform")
+    assert (engine.grad, engine.bn) == ("tail", "shared")
     assert (loss.lam, loss.reduction) == (0.5, "mean")
 
 

@@ -83,7 +83,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
         drawn.append(list(result["loss_adv_by_block"]))
         gradients = {key: value.grad for key, value in model.named_parameters()}
         torch.optim.SGD(model.parameters(), lr=0.1).step()
-        found.append((gradients, drawn, task.alfa.eta.values.detach(), list(model.buffers())))
+        found.append((gradients, drawn, task.engine.eta.values.detach(), list(model.buffers())))
     torch.save(found, f"{folder}/{rank}.pt")
     leave_group()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import Small, batch
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
-from timm_alfa.eta_step import EtaStepper
+from timm_alfa.eta import EtaStepper
 
 BLOCKS = ["first", "second"]
 
@@ -87,7 +87,7 @@ def learn(eta_set: Any, *, gamma: float, lr: float, steps: int = 2) -> list[Tens
         optimizer.zero_grad()
         task(X, Y)["loss"].backward()
         optimizer.step()
-        etas.append(task.alfa.eta.values.detach().clone())
+        etas.append(task.engine.eta.values.detach().clone())
     return etas
 
 
@@ -136,7 +136,7 @@ def small(**options: Any) -> tuple[AlfaTask, Tensor, Tensor]:
 
 
 def eta_of(task: AlfaTask) -> list[float]:
-    return task.alfa.eta.values.tolist()
+    return task.engine.eta.values.tolist()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lookahead_sgd", "lookahead_adamw"])
@@ -202,14 +202,12 @@ def test_accumulated_batches_are_averaged() -> None:
         loss = task(images + index, target)["loss"]
         loss /= 2
         loss.backward()
-        swept = other.alfa, other.objective
-        for parameter in swept[0].module.parameters():
-            parameter.grad = None
-        swept[1](swept[0](images + index, target), target).loss.backward()
-        slopes.append(swept[0].eta.values.grad.clone())
+        wrapper = AlfaWrapper(other.engine.model, other.criterion, other.engine.blocks, alpha=0.05, learnable=True)
+        other.objective(wrapper(images + index, target), target).loss.backward()
+        slopes.append(wrapper.eta.values.grad.clone())
     optimizer.step()
     moved = vector(0.5, 0.5) - 0.1 * (slopes[0] + slopes[1]) / 2
-    torch.testing.assert_close(task.alfa.eta.values.detach(), moved - (moved.sum() - 1) / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(task.engine.eta.values.detach(), moved - (moved.sum() - 1) / 2, rtol=1e-5, atol=0)
     assert not torch.allclose(slopes[0], slopes[1], rtol=1e-2)
 
 
@@ -234,7 +232,7 @@ def test_a_skipped_step_of_the_loss_scaler_moves_neither_weights_nor_eta() -> No
         for index in range(3):
             if overflow and index == 1:
                 before, weights = eta_of(owner), copy.deepcopy(list(owner.parameters()))
-                norms = copy.deepcopy(owner.alfa.module.state_dict())
+                norms = copy.deepcopy(owner.engine.model.state_dict())
                 optimizer.zero_grad()
                 scaler.scale(owner(images * 3, target)["loss"]).backward()
                 next(owner.parameters()).grad[0] = torch.inf
@@ -243,7 +241,7 @@ def test_a_skipped_step_of_the_loss_scaler_moves_neither_weights_nor_eta() -> No
                 assert scaler.get_scale() == 512
                 assert eta_of(owner) == before
                 assert all(map(torch.equal, weights, owner.parameters()))
-                owner.alfa.module.load_state_dict(norms)  # the running statistics
+                owner.engine.model.load_state_dict(norms)  # the running statistics
             optimizer.zero_grad()
             scaler.scale(owner(images, target)["loss"]).backward()
             before = eta_of(owner)

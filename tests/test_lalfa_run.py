@@ -164,7 +164,7 @@ def _rank(rank: int, folder: str) -> None:
         loss /= 2
         loss.backward()
         optimizer.step()
-        etas.append(task.alfa.eta.values.detach().clone())
+        etas.append(task.engine.eta.values.detach().clone())
     torch.save((etas, list(model.state_dict().values()), task.epoch_metrics()), f"{folder}/{rank}.pt")
     leave_group()
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from toys import InPlace, Shared, Small, UNet, batch, family
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
-from timm_alfa.tasks.noise import NoiseTask, NoiseWrapper
+from timm_alfa.perturbation import Gaussian
+from timm_alfa.tasks.noise import NoiseTask
 from timm_alfa.utils.distributed import leave_group
 
 ALPHA = 0.02
@@ -170,8 +171,7 @@ def test_every_leaf_gets_what_plain_hooks_give_it(data: st.DataObject) -> None:
 def test_noise_reaches_every_leaf_too(lam: float) -> None:
     by_task, by_wrapper = (make(UNet, "module", "stem", "learned", [], 0) for _ in range(2))
     task = NoiseTask(by_task.model, by_task.criterion, "middle", sigma=0.1, lam=lam, verbose=False)
-    wrapper = NoiseWrapper(by_wrapper.model, by_wrapper.criterion, "middle")
-    wrapper.sigma = 0.1
+    wrapper = AlfaWrapper(by_wrapper.model, by_wrapper.criterion, "middle", perturbation=Gaussian(0.1))
     loss_fn = AlfaLoss(by_wrapper.criterion, lam)
     by_task.hook(list(by_task.leaves))
     by_wrapper.hook(list(by_wrapper.leaves))

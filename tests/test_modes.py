@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from toys import Small, batch
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
-from timm_alfa.engine.tail_by_tail import Sweep
+from timm_alfa.engine.tail_by_tail import TailByTailStep
 from timm_alfa.errors import UsageError
 from timm_alfa.train.arguments.command_line import parse_args
 from timm_alfa.train.criterion import create_criterion, create_mixup
@@ -257,8 +257,9 @@ def zeros_in_delta(dtype: torch.dtype | None, how: str, steps: int) -> float:
         if how == "wrapper":
             delta = alfa(images, target).deltas["1"]
         else:
-            swept = Sweep(alfa, criterion)(images, target, 1.0, {"1": 1.0}, lambda delta, feature: delta[0].clone())
-            delta = swept.observed["1"]
+            step = TailByTailStep(alfa.engine, AlfaLoss(criterion))
+            found = step(images, target, 1.0, {"1": 1.0}, lambda delta, feature: delta[0].clone())
+            delta = found.observed["1"]
     return float((delta == 0).float().mean())
 
 

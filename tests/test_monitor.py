@@ -12,25 +12,29 @@ from torch import Tensor, nn
 from toys import Nested, Small, batch
 
 from timm_alfa import AlfaTask, AlfaWrapper
-from timm_alfa.tasks.monitor import Monitor
+from timm_alfa.tasks.monitor import FeatureMonitor
 
 
-def monitor(**options: Any) -> Monitor:
-    return Monitor(AlfaWrapper(Small(), F.cross_entropy, ["stem", "block"], **options))
+def monitor(*blocks: str, **options: Any) -> FeatureMonitor:
+    engine = AlfaWrapper(Small(), F.cross_entropy, list(blocks) or ["stem", "block"], **options).engine
+    return FeatureMonitor(("loss_clean", "loss_adv"), torch.device("cpu"), engine)
 
 
-def result(clean: float, adversarial: float, **by_block: float) -> dict[str, Any]:
+def result(
+    clean: float, adversarial: float, observed: dict[str, Tensor] | None = None, **by_block: float
+) -> dict[str, Any]:
     return {
         "loss_clean": torch.tensor(clean),
         "loss_adv": torch.tensor(adversarial),
         "loss_adv_by_block": {name: torch.tensor(value) for name, value in by_block.items()},
+        "observed": observed or {},
     }
 
 
 def test_means_over_what_was_measured() -> None:
     seen = monitor()
-    seen.add(result(1.0, 2.0, stem=1.5, block=2.5), {"stem": torch.tensor([1.0, 2.0, 3.0])})
-    seen.add(result(2.0, 5.0, block=4.5), {"stem": torch.tensor([3.0, 3.0, 3.0])})
+    seen.add(result(1.0, 2.0, {"stem": torch.tensor([1.0, 2.0, 3.0])}, stem=1.5, block=2.5))
+    seen.add(result(2.0, 5.0, {"stem": torch.tensor([3.0, 3.0, 3.0])}, block=4.5))
     metrics = seen.take()
     assert {name: value for name, value in metrics.items() if not math.isnan(value)} == {
         "loss_clean": 1.5,
@@ -53,24 +57,24 @@ def test_the_keys_are_always_the_same_and_averages_start_anew() -> None:
     empty = seen.take()
     assert all(math.isnan(value) for name, value in empty.items() if not name.startswith("eta_"))
     assert [empty["eta_stem"], empty["eta_block"]] == [0.5, 0.5]
-    seen.add(result(1.0, 2.0, stem=1.5, block=2.5), {})
+    seen.add(result(1.0, 2.0, stem=1.5, block=2.5))
     assert list(seen.take()) == list(empty)
     assert math.isnan(seen.take()["loss_clean"])
 
 
 def test_one_block_needs_no_loss_of_its_own() -> None:
-    seen = Monitor(AlfaWrapper(Small(), F.cross_entropy, ["block"]))
+    seen = monitor("block")
     assert list(seen.take()) == ["loss_clean", "loss_adv", "delta_l2_block", "delta_linf_block", "delta_ratio_block"]
 
 
 def test_text() -> None:
     seen = monitor()
     assert seen.text() == ""
-    seen.add(result(1.0, 2.0), {})
-    seen.add(result(2.0, 4.0), {})
+    seen.add(result(1.0, 2.0))
+    seen.add(result(2.0, 4.0))
     assert seen.text() == "Clean: 2.00 (1.50)  Adv: 4.00 (3.00)"
     learned = monitor(learnable=True)
-    learned.add(result(1.0, 2.0), {})
+    learned.add(result(1.0, 2.0))
     assert learned.text() == "Clean: 1.00 (1.00)  Adv: 2.00 (2.00)  Eta: 0.5000 0.5000"
 
 
@@ -105,9 +109,9 @@ def test_norms_are_taken_in_every_tenth_step_of_an_epoch(monkeypatch: pytest.Mon
     measured: list[bool] = []
     add = task.monitor.add
     monkeypatch.setattr(
-        task.monitor, "add", lambda result, observed: (measured.append("block" in observed), add(result, observed))
+        task.monitor, "add", lambda result: (measured.append("block" in result["observed"]), add(result))
     )
-    every_tenth = [True] + [False] * (Monitor.NORM_INTERVAL - 1)
+    every_tenth = [True] + [False] * (FeatureMonitor.NORM_INTERVAL - 1)
     for steps in (13, 8, 1):  # however short an epoch is
         measured.clear()
         for _ in range(steps):

@@ -92,7 +92,7 @@ def test_parity(name: str, keyword: str) -> None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
     images, target = batch(48 if name in ("resnet18", "resnet50") else 16, 3)
     task = AlfaTask(model, F.cross_entropy, keyword, alpha=0.01, norm="l2", verbose=False)
-    blocks = task.alfa.blocks
+    blocks = task.engine.blocks
     expected = plain_alfa(model, F.cross_entropy, images, target, blocks, alpha=0.01, steps=1, norm="l2")
     whole = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
     for _ in range(2):  # the second step cuts the graph where the first one saw outputs that bypass a block

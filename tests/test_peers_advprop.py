@@ -185,7 +185,7 @@ def test_model_without_batch_norms() -> None:
 
 def test_state_of_another_model_is_refused() -> None:
     state = _task(small()).get_task_state()
-    with pytest.raises(UsageError, match="--resume: auxiliary batch norms: "):
+    with pytest.raises(UsageError, match="auxiliary batch norms: "):
         _task(nn.Sequential(nn.BatchNorm2d(3))).load_task_state(state)
 
 

@@ -11,8 +11,9 @@ from peers import check_life_cycle, checked, small, task_from
 from torch import nn
 from toys import batch
 
-from timm_alfa import UsageError
+from timm_alfa import AlfaWrapper, UsageError
 from timm_alfa.peers import NoiseTask
+from timm_alfa.perturbation import Gaussian
 
 
 def _task(model: nn.Module, sigma: float, blocks: list[str], **options: object) -> NoiseTask:
@@ -38,8 +39,8 @@ def test_without_noise_the_clean_loss_counts_once_more_per_block(blocks: list[st
 
 def test_noise_has_its_size_and_changes_from_step_to_step_and_block_to_block() -> None:
     images, target = batch(16, batch_size=16)
-    task = _task(small(), 0.25, ["stem", "block"])
-    found = [task.alfa(images, target).deltas for _ in range(2)]
+    alfa = AlfaWrapper(small(), F.cross_entropy, ["stem", "block"], perturbation=Gaussian(0.25))
+    found = [alfa(images, target).deltas for _ in range(2)]
     for delta in (found[0]["stem"], found[0]["block"]):
         assert delta.std().item() == pytest.approx(0.25, rel=0.05)
         assert abs(delta.mean().item()) < 0.01
@@ -68,7 +69,8 @@ def test_gradients_are_those_of_the_objective() -> None:
     model = small(drop=0.0)
     task = _task(model, 0.1, ["block"], lam=0.5)
     plain = copy.deepcopy(model)
-    delta = copy.deepcopy(task).alfa(images, target).deltas["block"]  # the same step draws the same noise
+    alfa = AlfaWrapper(copy.deepcopy(model), F.cross_entropy, ["block"], perturbation=Gaussian(0.1))
+    delta = alfa(images, target).deltas["block"]  # the same step draws the same noise
     feature = plain.block(plain.stem(images))
     outputs = [plain.head(plain.neck(value.mean(dim=(2, 3)))) for value in (feature, feature + delta)]
     (F.cross_entropy(outputs[0], target) + 0.5 * F.cross_entropy(outputs[1], target)).backward()

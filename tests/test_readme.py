@@ -22,7 +22,8 @@ from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
 from timm_alfa.bench import loop, step
 from timm_alfa.bench.paper import command as paper
 from timm_alfa.export import export_model
-from timm_alfa.tasks import registry
+from timm_alfa.tasks import alfa, registry
+from timm_alfa.tasks.flags import flag_name, number
 from timm_alfa.train import main
 from timm_alfa.train.arguments.command_line import build_parser, parse_args
 
@@ -214,17 +215,21 @@ def test_every_flag_of_alfa_is_in_the_table_with_its_default_and_argument():
     rows = re.findall(r"^\| `(--alfa-[\w-]+)` \| `(\w+)` \| (.*?) \|", README, flags=re.MULTILINE)
     table = {flag: (argument, default.strip("`")) for flag, argument, default in rows}
     switches = {"--alfa-blocks", "--alfa-learnable"}
-    assert table.keys() == {registry.flag_name(name) for name in registry.DEFAULTS} | switches
+    assert (
+        table.keys()
+        == {flag_name(flag.name) for flag in alfa.FLAGS if flag.name not in ("alfa_blocks", "alfa_learnable")}
+        | switches
+    )
     signatures = [inspect.signature(item).parameters for item in (AlfaTask, AlfaWrapper, AlfaLoss)]
     for flag, (argument, shown) in table.items():
         assert argument in signatures[0]
         if flag in switches:
             assert shown == "off"
             continue
-        default = registry.DEFAULTS[flag[2:].replace("-", "_")]
+        default = registry.defaults()[flag[2:].replace("-", "_")]
         assert all(parameters[argument].default == default for parameters in signatures if argument in parameters)
         if isinstance(default, float):
-            assert registry.number(shown) == default
+            assert number(shown) == default
         else:
             assert shown == str(default) or (default is None and shown in ("none", "all"))
 

@@ -17,6 +17,7 @@ from untouched import picture
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, BlockError, resolve_blocks
 from timm_alfa.engine.replay import Replay
+from timm_alfa.perturbation import Pgd
 
 
 def _count_calls(model: nn.Module) -> Counter[str]:
@@ -316,19 +317,19 @@ def test_a_model_that_writes_into_its_input_does_so_once() -> None:
     model = WritesInput().double().train()
     safe = nn.Sequential(_Copy(), copy.deepcopy(model))
     alfa = AlfaWrapper(model, F.cross_entropy, "block", steps=3, norm="l2")
-    task = AlfaTask(copy.deepcopy(model), F.cross_entropy, "block", steps=3, norm="l2", alpha=alfa.alpha, verbose=False)
-    expected = plain_alfa(safe, F.cross_entropy, images, target, ["1.block"], alpha=alfa.alpha, steps=3, norm="l2")
+    task = AlfaTask(copy.deepcopy(model), F.cross_entropy, "block", steps=3, norm="l2", alpha=Pgd.alpha, verbose=False)
+    expected = plain_alfa(safe, F.cross_entropy, images, target, ["1.block"], alpha=Pgd.alpha, steps=3, norm="l2")
     for _ in range(3):
         given, others = images.clone(), images.clone()
         result = AlfaLoss(F.cross_entropy)(alfa(given, target), target)
         assert torch.equal(given, images.clone().sub_(0.5).mul_(1.7))
         model.zero_grad()
         result.loss.backward()
-        task.alfa.module.zero_grad()
+        task.engine.model.zero_grad()
         found = task(others, target)["loss"]
         assert torch.equal(others, given)
         found.backward()
-        for loss, of in ((result.loss, model), (found, task.alfa.module)):
+        for loss, of in ((result.loss, model), (found, task.engine.model)):
             torch.testing.assert_close(loss.detach(), expected.loss.detach(), rtol=1e-12, atol=0)
             for name, parameter in of.named_parameters():
                 torch.testing.assert_close(parameter.grad, expected.gradients[f"1.{name}"], rtol=1e-9, atol=1e-14)

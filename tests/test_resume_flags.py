@@ -16,6 +16,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import StepLRScheduler
 from training_images import make_image_folder
 
+from timm_alfa.perturbation import Pgd
 from timm_alfa.train import main
 from timm_alfa.train.arguments.command_line import build_parser, parse_args
 from timm_alfa.train.build import Plan, assemble, check_inputs
@@ -119,9 +120,9 @@ HOLDS: dict[str, Callable[[Plan], bool]] = {
     "--model-ema-decay 0.5": lambda plan: plan.run.task.trainable_module_ema.decay == 0.5,
     "--batch-size 4": lambda plan: plan.run.loader.loader.batch_size == 4,
     "--img-size 48": lambda plan: plan.data_config["input_size"][-1] == 48,
-    "--alfa-alpha 0.1 --alfa-steps 3": lambda plan: (plan.run.task.alfa.alpha, plan.run.task.alfa.steps) == (0.1, 3),
+    "--alfa-alpha 0.1 --alfa-steps 3": lambda plan: plan.run.task.engine.perturbation == Pgd(0.1, 3),
     "--alfa-lambda 0.5": lambda plan: plan.run.task.objective.lam == 0.5,
-    "--alfa-bn shared": lambda plan: plan.run.task.alfa.bn == "shared",
+    "--alfa-bn shared": lambda plan: plan.run.task.engine.bn == "shared",
     "--opt sgd --no-resume-opt": lambda plan: type(plan.run.optimizer).__name__ == "SGD",
     "--layer-decay 0.5 --no-resume-opt": lambda plan: min(_group_values(plan, "lr_scale")) < 0.5,
 }
@@ -231,7 +232,7 @@ def test_another_method_is_refused(images: Path, output: Path, capsys: pytest.Ca
 
 def test_names_of_the_same_blocks_are_the_same(images: Path, output: Path) -> None:
     for names in ("layer3 layer4", "@last layer3"):
-        assert sorted(_plan(images, output, f"--alfa-blocks {names}").run.task.alfa.blocks) == ["layer3", "layer4"]
+        assert sorted(_plan(images, output, f"--alfa-blocks {names}").run.task.engine.blocks) == ["layer3", "layer4"]
 
 
 KEPT = {

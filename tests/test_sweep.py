@@ -1,4 +1,4 @@
-"""The sweep against AlfaWrapper and AlfaLoss with one backward, in float64: loss, all gradients, buffers."""
+"""The step tail by tail against AlfaWrapper and AlfaLoss in one graph, in float64: loss, gradients, buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toys import FAMILIES, InPlace, Nested, Shared, Small, UNet, batch, family
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
-from timm_alfa.engine.tail_by_tail import Sweep, Swept
+from timm_alfa.engine.core import Engine
+from timm_alfa.engine.tail_by_tail import StepResult, TailByTailStep
 from timm_alfa.errors import BlockError
 
 TOLERANCE = 1e-9
@@ -68,7 +69,7 @@ def compare(
                 wrapper.eta.values.copy_(torch.tensor(values))
     loss_fn = AlfaLoss(criterion, lam, gamma, reduction)
     of_clean, of_adversarial = loss_fn.weights(len(blocks))
-    sweep = Sweep(alfa, criterion, gamma)
+    step = TailByTailStep(alfa.engine, loss_fn)
     for _ in range(rounds):
         state = torch.get_rng_state()
         twin.zero_grad()
@@ -79,13 +80,13 @@ def compare(
 
         torch.set_rng_state(state)
         model.zero_grad()
-        swept = sweep(images, target, of_clean, dict.fromkeys(alfa.blocks, of_adversarial))
-        swept.loss.backward()
+        found = step(images, target, of_clean, dict.fromkeys(alfa.blocks, of_adversarial))
+        found.loss.backward()
         assert torch.equal(torch.get_rng_state(), end)
-        torch.testing.assert_close(swept.loss.detach(), expected.loss.detach(), rtol=TOLERANCE, atol=0)
-        torch.testing.assert_close(swept.clean, expected.clean, rtol=TOLERANCE, atol=0)
-        assert swept.adversarial.keys() == expected.adversarial.keys()
-        for name, loss in swept.adversarial.items():
+        torch.testing.assert_close(found.loss.detach(), expected.loss.detach(), rtol=TOLERANCE, atol=0)
+        torch.testing.assert_close(found.clean, expected.clean, rtol=TOLERANCE, atol=0)
+        assert found.adversarial.keys() == expected.adversarial.keys()
+        for name, loss in found.adversarial.items():
             torch.testing.assert_close(loss, expected.adversarial[name], rtol=TOLERANCE, atol=0)
         gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
         floor = 1e-6 * float(torch.stack([g.norm() for g in gradients.values() if g is not None]).norm())
@@ -96,7 +97,7 @@ def compare(
             assert torch.equal(buffer, other), name
         if values is not None:
             assert plain.eta.values.grad is not None
-            torch.testing.assert_close(swept.eta_gradient, plain.eta.values.grad, rtol=1e-8, atol=1e-13)
+            torch.testing.assert_close(found.eta_gradient, plain.eta.values.grad, rtol=1e-8, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +195,12 @@ def test_a_block_without_influence_is_refused() -> None:
     alfa = AlfaWrapper(Deaf().train(), F.cross_entropy, ["block"])
     images, target = batch(8, dtype=torch.float32)
     with pytest.raises(BlockError, match="'block' has no influence on the loss"):
-        Sweep(alfa, F.cross_entropy)(images, target, 1.0, {"block": 1.0})
+        TailByTailStep(alfa.engine, AlfaLoss(F.cross_entropy))(images, target, 1.0, {"block": 1.0})
 
 
-def sweep_of(model: nn.Module, *, gamma: float = 0.5) -> Sweep:
+def step_of(model: nn.Module, *, gamma: float = 0.5) -> TailByTailStep:
     alfa = AlfaWrapper(model, F.cross_entropy, ["stem", "block"], alpha=0.05, learnable=True)
-    return Sweep(alfa, F.cross_entropy, gamma)
+    return TailByTailStep(alfa.engine, AlfaLoss(F.cross_entropy, gamma=gamma))
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:
@@ -213,9 +214,9 @@ def test_loss_scaling_reaches_the_weights_and_not_eta() -> None:
     found = []
     for factor in (1.0, 1024.0):
         model.zero_grad()
-        swept = sweep_of(model)(images, target, 1.0, {"stem": 0.5, "block": 0.5})
-        (swept.loss * factor).backward()
-        found.append((swept, gradients_of(model)))
+        result = step_of(model)(images, target, 1.0, {"stem": 0.5, "block": 0.5})
+        (result.loss * factor).backward()
+        found.append((result, gradients_of(model)))
     assert torch.equal(found[0][0].eta_gradient, found[1][0].eta_gradient)
     assert bool((found[0][0].eta_gradient != 0).all())
     assert len(found[0][1]) == len(list(model.parameters()))
@@ -230,11 +231,11 @@ def test_halving_the_loss_in_place_halves_the_gradients() -> None:
     totals = []
     for index in (0, 1):
         model.zero_grad()
-        sweep_of(model)(images + index, target, 1.0, {"stem": 1.0, "block": 1.0}).loss.backward()
+        step_of(model)(images + index, target, 1.0, {"stem": 1.0, "block": 1.0}).loss.backward()
         totals.append(gradients_of(model))
     model.zero_grad()
     for index in (0, 1):
-        loss = sweep_of(model)(images + index, target, 1.0, {"stem": 1.0, "block": 1.0}).loss
+        loss = step_of(model)(images + index, target, 1.0, {"stem": 1.0, "block": 1.0}).loss
         loss /= 2
         loss.backward()
     for found, *both in zip(gradients_of(model), *totals, strict=True):
@@ -243,25 +244,25 @@ def test_halving_the_loss_in_place_halves_the_gradients() -> None:
 
 def test_second_derivatives_are_refused() -> None:
     images, target = batch(8, dtype=torch.float32)
-    swept = sweep_of(Small().train())(images, target, 1.0, {"stem": 1.0, "block": 1.0})
+    found = step_of(Small().train())(images, target, 1.0, {"stem": 1.0, "block": 1.0})
     with (
         pytest.warns(UserWarning, match="create_graph"),  # torch's own warning about reference cycles
         pytest.raises(RuntimeError, match="no second derivatives"),
     ):
-        swept.loss.backward(create_graph=True)
+        found.loss.backward(create_graph=True)
 
 
 def half_precision_gradients(
     model: nn.Module, images: Tensor, target: Tensor, how: str, *, shrink: float
 ) -> tuple[list[Tensor], Tensor]:
-    """Of the second step, in units of the true gradient: the first one tells the sweep the loss's scale."""
+    """Of the second step, in units of the true gradient: the first one tells the step the loss's scale."""
 
     def criterion(output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), target) * shrink
 
     model = copy.deepcopy(model)
     alfa = AlfaWrapper(model, criterion, ["stem", "block"], alpha=0.05, learnable=True)
-    sweep, slope = Sweep(alfa, criterion), torch.zeros(2)
+    step, slope = TailByTailStep(alfa.engine, AlfaLoss(criterion)), torch.zeros(2)
     scale = 1.0 if how in ("float32", "unscaled") else 2.0**16
     for _ in range(2):
         model.zero_grad()
@@ -269,8 +270,8 @@ def half_precision_gradients(
             if how in ("plain", "unscaled"):
                 loss = criterion(model(images), target)
             else:
-                swept = sweep(images, target, 1.0, {"stem": 1.0, "block": 1.0})
-                loss, slope = swept.loss, swept.eta_gradient
+                found = step(images, target, 1.0, {"stem": 1.0, "block": 1.0})
+                loss, slope = found.loss, found.eta_gradient
         (loss * scale).backward()
     return [gradient / scale for gradient in gradients_of(model)], slope
 
@@ -319,7 +320,7 @@ def drawn(task: AlfaTask, images: Tensor, target: Tensor) -> tuple[tuple[str, ..
     torch.manual_seed(11)
     result = task(images, target)
     result["loss"].backward()
-    blocks = tuple(name for name in task.alfa.blocks if name in result["loss_adv_by_block"])
+    blocks = tuple(name for name in task.engine.blocks if name in result["loss_adv_by_block"])
     return blocks, result["loss"].detach().clone(), gradients_of(model)
 
 
@@ -331,7 +332,7 @@ def test_sampled_blocks_are_unbiased(count: int, options: dict[str, Any]) -> Non
     _, expected_loss, expected = drawn(whole, images, target)
     task = small_task(sample_blocks=count, **options)
     found: dict[tuple[str, ...], tuple[Tensor, list[Tensor]]] = {}
-    wanted = set(combinations(task.alfa.blocks, count))
+    wanted = set(combinations(task.engine.blocks, count))
     for _ in range(100):
         blocks, loss, gradients = drawn(task, images, target)
         found[blocks] = loss, gradients
@@ -356,13 +357,13 @@ def test_sampled_blocks_give_an_unbiased_gradient_of_eta() -> None:
         model = task.get_trainable_module()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         for passes in range(60):
-            task.alfa.passes = passes
+            task.engine.passes = passes
             with torch.no_grad():
-                task.alfa.eta.values.fill_(0.25)
-            task.alfa.eta.velocity.zero_()
+                task.engine.eta.values.fill_(0.25)
+            task.engine.eta.velocity.zero_()
             blocks, _, _ = drawn(task, images, target)
             optimizer.step()
-            moved[blocks] = task.alfa.eta.values.detach() - 0.25
+            moved[blocks] = task.engine.eta.values.detach() - 0.25
             if len(moved) == (1 if sample is None else 5):
                 break
     whole = moved.pop(("down1", "down2", "middle", "up"))
@@ -405,13 +406,13 @@ def test_every_block_is_drawn_equally_often() -> None:
 
 
 def test_blocks_that_are_not_drawn_are_not_touched() -> None:
-    swept: Swept = sweep_of(Small(drop=0.0).train(), gamma=0.0)(
+    found: StepResult = step_of(Small(drop=0.0).train(), gamma=0.0)(
         *batch(8, dtype=torch.float32), 1.0, {"block": 2.0}, observe=lambda delta, feature: len(delta)
     )
-    assert swept.adversarial.keys() == swept.observed.keys() == {"block"}
-    assert swept.eta_gradient[0] == 0
-    assert swept.eta_gradient[1] != 0
-    torch.testing.assert_close(swept.loss.detach(), swept.clean + 2 * swept.adversarial["block"])
+    assert found.adversarial.keys() == found.observed.keys() == {"block"}
+    assert found.eta_gradient[0] == 0
+    assert found.eta_gradient[1] != 0
+    torch.testing.assert_close(found.loss.detach(), found.clean + 2 * found.adversarial["block"])
 
 
 class Note:
@@ -438,19 +439,20 @@ class Noted(nn.Module):
 def test_the_clean_tail_is_freed_before_the_attack(drawn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     notes: weakref.WeakSet[Note] = weakref.WeakSet()
     alive: list[int] = []
-    find = AlfaWrapper.find_delta
+    find = Engine.find_delta
 
-    def counted(self: AlfaWrapper, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: Engine, *args: Any, **kwargs: Any) -> Any:
         alive.append(len(notes))
         return find(self, *args, **kwargs)
 
-    monkeypatch.setattr(AlfaWrapper, "find_delta", counted)
+    monkeypatch.setattr(Engine, "find_delta", counted)
     model = nn.Sequential(*(Noted(notes) for _ in range(4)), nn.Linear(6, 10))
-    sweep = Sweep(AlfaWrapper(model, nn.CrossEntropyLoss(), ["0", "1", "2", "3"]), nn.CrossEntropyLoss())
+    alfa = AlfaWrapper(model, nn.CrossEntropyLoss(), ["0", "1", "2", "3"])
+    step = TailByTailStep(alfa.engine, AlfaLoss(nn.CrossEntropyLoss()))
     images, target = torch.randn(5, 6), torch.arange(5)
-    sweep(images, target, 1.0, dict.fromkeys("0123", 1.0))  # finds out what bypasses the blocks
+    step(images, target, 1.0, dict.fromkeys("0123", 1.0))  # finds out what bypasses the blocks
     alive.clear()
-    sweep(images, target, 1.0, dict.fromkeys(drawn, 1.0))
+    step(images, target, 1.0, dict.fromkeys(drawn, 1.0))
     assert alive == [int(block) + 1 for block in reversed(drawn)]  # the layers up to the block itself
 
 

@@ -173,7 +173,7 @@ def test_only_the_models_mode_counts() -> None:
 def test_criterion_from_timms_options() -> None:
     task = AlfaTask(Small(), None, "block", criterion_kwargs={"smoothing": 0.1}, verbose=False)
     assert isinstance(task.criterion, LabelSmoothingCrossEntropy)
-    assert task.alfa.criterion is task.criterion
+    assert task.engine.criterion is task.criterion
 
 
 def test_soft_targets() -> None:
@@ -200,7 +200,7 @@ def test_ema_and_checkpoints_are_those_of_the_plain_model() -> None:
         Small().load_state_dict(weights, strict=True)
     other = AlfaTask(Small(), nn.CrossEntropyLoss(), "block", verbose=False)
     other.load_checkpoint_state(state["state_dict"], state.get("task_state"))
-    for value, expected in zip(other.alfa.module.state_dict().values(), model.state_dict().values(), strict=True):
+    for value, expected in zip(other.engine.model.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(value, expected)
 
 

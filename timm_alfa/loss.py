@@ -80,12 +80,10 @@ class AlfaLoss:
         }
         loss = self.combine(clean, list(adversarial.values()))
         eta = alfa_output.eta
-        l1 = l1_norm(eta).to(loss) if eta.requires_grad else torch.zeros_like(clean)
+        l1 = l1_norm(eta.detach()).to(loss) if eta.requires_grad else torch.zeros_like(clean)
         if eta.requires_grad and self.gamma:
-            loss = loss + self.gamma * l1
-        return AlfaLossOutput(
-            loss, clean.detach(), {name: value.detach() for name, value in adversarial.items()}, l1.detach()
-        )
+            loss = loss + self.penalty(eta).to(loss)
+        return AlfaLossOutput(loss, clean.detach(), {name: value.detach() for name, value in adversarial.items()}, l1)
 
     def combine(self, clean: Tensor, adversarial: list[Tensor]) -> Tensor:
         """The clean and adversarial terms together; never the same tensor as ``clean``.
@@ -99,6 +97,14 @@ class AlfaLoss:
         of_clean, of_adversarial = self.weights(len(adversarial))
         total = torch.stack(adversarial).sum() if len(adversarial) > 1 else adversarial[0]
         return of_clean * clean + of_adversarial * total
+
+    def penalty(self, eta: Tensor) -> Tensor:
+        """gamma * ||eta||_1, the last term of Eq. 5.
+
+        Args:
+            eta: [r].
+        """
+        return self.gamma * l1_norm(eta)
 
     def weights(self, count: int) -> tuple[float, float]:
         """Factors of the clean loss and of each of ``count`` adversarial losses, ``count`` at least 1."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from .errors import UsageError
 from .tasks import registry
-from .tasks.flags import spell_flags
+from .tasks.flags import flag_text, spell_flags
 from .train.loop import ReportingTask
 
 __all__ = ["add_arguments", "check_arguments", "epoch_metrics", "wrap_task"]
@@ -117,8 +117,7 @@ def _refuse_conflicts(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, name, None)
         if value:
-            shown = registry.flag_name(name) if value is True else f"{registry.flag_name(name)} {value}"
-            raise UsageError(f"{shown}: does not go with --method {args.method}; {why}")
+            raise UsageError(f"{flag_text(name, value)}: does not go with --method {args.method}; {why}")
 
 
 def _fail(error: UsageError) -> NoReturn:

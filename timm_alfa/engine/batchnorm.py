@@ -60,12 +60,12 @@ class Statistics:
         tracking = [norm for norm in self._norms if norm.training and norm.track_running_stats]
         try:
             for norm in tracking:
-                norm.__dict__["track_running_stats"] = False
+                norm.track_running_stats = False
             with _copies(self._others):
                 yield
         finally:
             for norm in tracking:
-                norm.__dict__["track_running_stats"] = True
+                norm.track_running_stats = True
 
     @contextmanager
     def kept_outside_batch_norms(self) -> Iterator[None]:

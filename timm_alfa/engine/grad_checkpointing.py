@@ -17,11 +17,11 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
     enabled = [module for module in model.modules() if module.__dict__.get("grad_checkpointing")]
     try:
         for module in enabled:
-            module.__dict__["grad_checkpointing"] = False
+            module.grad_checkpointing = False  # type: ignore[assignment]
         yield
     finally:
         for module in enabled:
-            module.__dict__["grad_checkpointing"] = True
+            module.grad_checkpointing = True  # type: ignore[assignment]
 
 
 def inside_checkpoint() -> bool:

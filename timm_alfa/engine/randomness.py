@@ -47,3 +47,16 @@ class RandomState:
             yield
         finally:
             self.restore()
+
+
+def step_generator(step: int, device: torch.device | str = "cpu", *, stream: int = 0) -> torch.Generator:
+    """For what a step draws besides the model's own draws: anew in each step, the global state stays as it is.
+
+    Args:
+        step: Training step.
+        device: Of the generator.
+        stream: Tells several draws of one step apart.
+    """
+    generator = torch.Generator(device)
+    generator.manual_seed((torch.initial_seed() + 1_000_003 * step + 7_919 * stream) % 2**63)
+    return generator

@@ -1,4 +1,4 @@
-"""One training step in which every tail is walked once and freed at once.
+"""One training step in which every tail is differentiated once and freed at once.
 
 The clean pass is cut at the blocks, so that its graph falls into pieces. From the last block to the first: the piece
 behind the block is differentiated, which yields the gradient of the attack's first step and the weights' gradients in
@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..eta import l1_norm
-from ..loss import scalar_loss
+from ..loss import AlfaLoss, scalar_loss
 from ..pgd import is_finite, working_dtype
-from ..wrapper import AlfaWrapper, reaching
+from .core import Engine, gradients_or_zeros
 from .float16 import is_float16
 from .replay import Cut, Recording
 
@@ -36,7 +35,7 @@ Observer: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
 
 @dataclass
-class Swept:
+class StepResult:
     """What a step found.
 
     Args:
@@ -61,19 +60,19 @@ class Swept:
     others: list[Tensor] = field(default_factory=list)
 
 
-class Sweep:
-    """Computes the objective and its gradients with bounded memory.
+class TailByTailStep:
+    """Computes the objective and its gradients with bounded memory: Algorithm 1's lines 4 to 10 in another order.
+
+    The gradients are those of ``AlfaLoss(criterion)(alfa(input, target), target)``.
 
     Args:
-        alfa: The wrapper around the model.
-        criterion: (output, target) -> scalar.
-        gamma: Weight of ||eta||_1.
+        engine: Of the model.
+        objective: Its criterion and gamma; the weights are given step by step.
     """
 
-    def __init__(self, alfa: AlfaWrapper, criterion: Callable[[Any, Any], Tensor], gamma: float = 0.0):
-        self.alfa = alfa
-        self.criterion = criterion
-        self.gamma = gamma
+    def __init__(self, engine: Engine, objective: AlfaLoss):
+        self.engine = engine
+        self.objective = objective
         self._loss_scale: Tensor | float = FIRST_FLOAT16_SCALE  # what the last backward multiplied the loss by
 
     def __call__(
@@ -83,7 +82,7 @@ class Sweep:
         clean_weight: float,
         weights: Mapping[str, float],
         observe: Observer | None = None,
-    ) -> Swept:
+    ) -> StepResult:
         """One forward, all attacks, and all gradients up to the first block.
 
         Args:
@@ -93,33 +92,37 @@ class Sweep:
             weights: Block name -> factor of its adversarial loss; blocks that are left out are not perturbed.
             observe: Called with each perturbation and the feature that it is for.
         """
-        alfa = self.alfa
+        engine = self.engine
         input, target, outer = _aliased(input, target)
-        recording = alfa.record(input, cut=weights.keys())
-        clean = scalar_loss(self.criterion, recording.output, target)
-        gradients = _Gradients(alfa, recording, self._loss_scale, outer)
-        swept = Swept(clean, _detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(alfa.eta.values), {})
-        swept.loss = clean_weight * swept.clean
-        gradients.walk_clean(clean, clean_weight)
+        recording = engine.record(input, cut=weights.keys())
+        clean = scalar_loss(self.objective.criterion, recording.output, target)
+        gradients = _Gradients(engine, recording, self._loss_scale, outer)
+        result = StepResult(
+            clean, _detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(engine.eta.values), {}
+        )
+        result.loss = clean_weight * result.clean
+        gradients.backward_clean(clean, clean_weight)
         del clean
         attacks_left = len(weights)
         for cut in reversed(recording.cuts):
             if cut.block is not None:
                 recording.forget(after=cut.order)
-                with alfa.adversarial_pass(recording):
-                    self._attack(recording, cut, target, weights[cut.block], gradients, swept, observe)
+                with engine.adversarial_pass(recording):
+                    self._attack(recording, cut, target, weights[cut.block], gradients, result, observe)
                 attacks_left -= 1
             if cut is not recording.cuts[0]:
-                gradients.walk_piece(cut, attacks_left=attacks_left > 0 and alfa.starts_from_clean)
-        if alfa.eta.learnable and self.gamma:
-            l1 = l1_norm(alfa.eta.values)
-            swept.eta_gradient += self.gamma * torch.autograd.grad(l1, alfa.eta.values)[0]
-            swept.loss = swept.loss + (self.gamma * l1.detach()).to(swept.loss)
-        swept.loss = gradients.hand_over(swept.loss, self)
-        swept.others = gradients.others
-        if swept.loss.requires_grad:
-            swept.output = tree_map_only(Tensor, lambda tensor: _refusing_gradients(swept.loss, tensor), swept.output)
-        return swept
+                gradients.backward_piece(cut, attacks_left=attacks_left > 0 and engine.starts_from_clean)
+        if engine.eta.learnable and self.objective.gamma:
+            penalty = self.objective.penalty(engine.eta.values)
+            result.eta_gradient += torch.autograd.grad(penalty, engine.eta.values)[0]
+            result.loss = result.loss + penalty.detach().to(result.loss)
+        result.loss = gradients.hand_over(result.loss, self)
+        result.others = gradients.others
+        if result.loss.requires_grad:
+            result.output = tree_map_only(
+                Tensor, lambda tensor: _refusing_gradients(result.loss, tensor), result.output
+            )
+        return result
 
     def _attack(
         self,
@@ -128,31 +131,35 @@ class Sweep:
         target: Any,
         weight: float,
         gradients: _Gradients,
-        swept: Swept,
+        result: StepResult,
         observe: Observer | None,
     ) -> None:
         """Perturb one block, and add its adversarial loss's value and gradients."""
-        alfa, block = self.alfa, cut.block
+        engine, block = self.engine, cut.block
         assert block is not None
         feature = recording.features[block]
-        first = gradients.clean_at(cut) if alfa.starts_from_clean else None
+        first = gradients.clean_at(cut) if engine.starts_from_clean else None
         found: list[Tensor] = []
-        delta = alfa.find_delta(recording, block, target, first, note=lambda step: found.append(is_finite(step)))
+        delta = engine.find_delta(recording, block, target, first, note=lambda step: found.append(is_finite(step)))
         if observe is not None:
-            swept.observed[block] = observe(delta, feature.tensors)
-        perturbed = [part.detach().requires_grad_() for part in alfa.perturbed(block, feature, feature.tensors, delta)]
-        loss = scalar_loss(self.criterion, alfa.replay(recording, block, feature.rebuild(perturbed)), target)
-        swept.adversarial[block] = loss.detach()
-        swept.loss = swept.loss + weight * swept.adversarial[block]
-        swept.finite[f"feature of {block}"] = is_finite(feature.tensors)
+            result.observed[block] = observe(delta, feature.tensors)
+        perturbed = [
+            part.detach().requires_grad_() for part in engine.perturbed(block, feature, feature.tensors, delta)
+        ]
+        loss = scalar_loss(
+            self.objective.criterion, engine.replay(recording, block, feature.rebuild(perturbed)), target
+        )
+        result.adversarial[block] = loss.detach()
+        result.loss = result.loss + weight * result.adversarial[block]
+        result.finite[f"feature of {block}"] = is_finite(feature.tensors)
         if found and not gradients.float16:  # scaled gradients overflow now and then
-            swept.finite[f"perturbation of {block}"] = torch.stack(found).all()
-        swept.finite[f"adversarial loss of {block}"] = loss.detach().isfinite()
-        at_feature = gradients.walk_adversarial(loss, perturbed, cut, weight)
-        if alfa.eta.learnable:
-            wide = swept.eta_gradient.dtype  # float64 where the device has it
+            result.finite[f"perturbation of {block}"] = torch.stack(found).all()
+        result.finite[f"adversarial loss of {block}"] = loss.detach().isfinite()
+        at_feature = gradients.backward_adversarial(loss, perturbed, cut, weight)
+        if engine.eta.learnable:
+            wide = result.eta_gradient.dtype  # float64 where the device has it
             slope = torch.stack([(g.to(wide) * d.to(wide)).sum() for g, d in zip(at_feature, delta, strict=True)]).sum()
-            swept.eta_gradient[alfa.blocks.index(block)] += weight * slope / gradients.scale
+            result.eta_gradient[engine.blocks.index(block)] += weight * slope / gradients.scale
 
     def note_loss_scale(self, scale: Tensor) -> None:
         """Remember the factor that the training loop put on the loss."""
@@ -166,14 +173,14 @@ class _Gradients:
     other leaves a walk comes upon, such as the criterion's parameters.
     """
 
-    def __init__(self, alfa: AlfaWrapper, recording: Recording, loss_scale: Tensor | float, outer: list[Tensor]):
-        self.alfa = alfa
+    def __init__(self, engine: Engine, recording: Recording, loss_scale: Tensor | float, outer: list[Tensor]):
+        self.engine = engine
         features = [feature.tensors for feature in recording.features.values()]
         self.float16 = is_float16((recording.output, features))  # a model may return float32 from float16 features
         # float16 gradients underflow unless the loss is scaled as the training loop scales it
         self.scale = loss_scale if self.float16 else 1.0
         self.cuts = recording.cuts
-        self.weights = [parameter for parameter in alfa.module.parameters() if parameter.requires_grad] + outer
+        self.weights = [parameter for parameter in engine.model.parameters() if parameter.requires_grad] + outer
         self.others: list[Tensor] = []
         self.of_weights: list[Tensor | None] = [None] * len(self.weights)
         self.ends = {id(tensor) for tensor in (*self.weights, *(leaf for cut in self.cuts for leaf in cut.leaves))}
@@ -184,21 +191,21 @@ class _Gradients:
         self.clean_weight = 1.0
         self.mixed = False  # until an adversarial loss has contributed, `total` is `clean_weight` times `clean`
 
-    def walk_clean(self, loss: Tensor, weight: float) -> None:
+    def backward_clean(self, loss: Tensor, weight: float) -> None:
         """From the clean loss down to the cuts and to the weights behind the last one."""
         self.clean_weight = weight
-        self._walk_both([loss * self.scale], [None], len(self.cuts))
+        self._backward_both([loss * self.scale], [None], len(self.cuts))
 
-    def walk_adversarial(self, loss: Tensor, perturbed: list[Tensor], cut: Cut, weight: float) -> list[Tensor]:
+    def backward_adversarial(self, loss: Tensor, perturbed: list[Tensor], cut: Cut, weight: float) -> list[Tensor]:
         """From an adversarial loss down its tail; returns its gradient at the perturbed feature."""
         before = self.cuts.index(cut)
-        at_feature, at_cuts, at_weights = self._walk([loss * self.scale], [None], perturbed, before)
+        at_feature, at_cuts, at_weights = self._backward([loss * self.scale], [None], perturbed, before)
         _accumulate(self.of_weights, at_weights, weight)
         gradients = [
             torch.zeros_like(tensor) if gradient is None else gradient
             for tensor, gradient in zip(perturbed, at_feature, strict=True)
         ]
-        full = self.alfa.grad == "full"
+        full = self.engine.grad == "full"
         if full or any(gradient is not None for gradient in at_cuts):
             self._mix()
         if full:
@@ -207,7 +214,7 @@ class _Gradients:
             self._accumulate_cuts(self.total, at_cuts, weight)
         return gradients
 
-    def walk_piece(self, cut: Cut, attacks_left: bool) -> None:
+    def backward_piece(self, cut: Cut, attacks_left: bool) -> None:
         """From a cut down to the earlier ones; afterwards the piece of the graph in between is gone.
 
         Attacks that are still to come, and start from the clean pass, need the clean loss's gradient by itself.
@@ -216,33 +223,33 @@ class _Gradients:
         if self.mixed or not attacks_left:
             self._mix()
             if attacks_left:
-                with self.alfa.extra_walk():
-                    _, at_cuts, _ = self._walk(cut.tensors, self.clean[cut.order], [], before, with_weights=False)
+                with self.engine.without_side_effects():
+                    _, at_cuts, _ = self._backward(cut.tensors, self.clean[cut.order], [], before, with_weights=False)
                 self._accumulate_cuts(self.clean, at_cuts, 1.0)
-            _, at_cuts, at_weights = self._walk(cut.tensors, self.total[cut.order], [], before)
+            _, at_cuts, at_weights = self._backward(cut.tensors, self.total[cut.order], [], before)
             _accumulate(self.of_weights, at_weights, 1.0)
             self._accumulate_cuts(self.total, at_cuts, 1.0)
         else:
-            self._walk_both(cut.tensors, self.clean[cut.order], before)
+            self._backward_both(cut.tensors, self.clean[cut.order], before)
         cut.tensors, cut.leaves = [], []
 
     def clean_at(self, cut: Cut) -> list[Tensor]:
         """d crit(model(x), y) / d f_i."""
         assert cut.block is not None
-        return reaching(cut.block, self.clean[cut.order], cut.leaves)
+        return gradients_or_zeros(cut.block, self.clean[cut.order], cut.leaves)
 
-    def hand_over(self, loss: Tensor, sweep: Sweep) -> Tensor:
+    def hand_over(self, loss: Tensor, step: TailByTailStep) -> Tensor:
         """The loss, with a ``backward`` that delivers what was found to the weights and to what came before."""
         found: list[tuple[Tensor, Tensor | None]] = list(zip(self.weights, self.of_weights, strict=True))
         found += zip(self.cuts[0].tensors, self._total_at(self.cuts[0]), strict=True)
         known = [(tensor, gradient) for tensor, gradient in found if gradient is not None]
         gradients = [gradient for _, gradient in known]
-        handed: Tensor = _HandOver.apply(loss, sweep, self.scale, gradients, *(tensor for tensor, _ in known))
+        handed: Tensor = _HandOver.apply(loss, step, self.scale, gradients, *(tensor for tensor, _ in known))
         return handed
 
-    def _walk_both(self, outputs: list[Tensor], gradients: Sequence[Tensor | None], before: int) -> None:
+    def _backward_both(self, outputs: list[Tensor], gradients: Sequence[Tensor | None], before: int) -> None:
         """As long as nothing adversarial is in it, the objective's gradient is a multiple of the clean loss's."""
-        _, at_cuts, at_weights = self._walk(outputs, gradients, [], before)
+        _, at_cuts, at_weights = self._backward(outputs, gradients, [], before)
         _accumulate(self.of_weights, at_weights, self.clean_weight)
         self._accumulate_cuts(self.clean, at_cuts, 1.0)
 
@@ -256,7 +263,7 @@ class _Gradients:
             return self.total[cut.order]
         return [None if clean is None else clean * self.clean_weight for clean in self.clean[cut.order]]
 
-    def _walk(
+    def _backward(
         self,
         outputs: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
@@ -322,9 +329,9 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, sweep: Sweep, scale: Tensor | float, gradients: list[Tensor], *tensors: Tensor
+        ctx: Any, loss: Tensor, step: TailByTailStep, scale: Tensor | float, gradients: list[Tensor], *tensors: Tensor
     ) -> Tensor:
-        ctx.sweep, ctx.scale, ctx.gradients = sweep, scale, gradients
+        ctx.step, ctx.scale, ctx.gradients = step, scale, gradients
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         return loss.clone()
 
@@ -332,7 +339,7 @@ class _HandOver(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("AlfaTask gives no second derivatives; use an optimizer without create_graph=True")
-        ctx.sweep.note_loss_scale(factor.detach())
+        ctx.step.note_loss_scale(factor.detach())
         if ctx.gradients is None:
             raise RuntimeError("the loss of an AlfaTask can be walked backward once; call the task again")
         scaled, ctx.gradients = ctx.gradients, None  # nobody else holds them: they become the weights' own

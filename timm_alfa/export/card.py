@@ -15,7 +15,7 @@ from timm.models import model_entrypoint
 import timm_alfa
 
 from ..blocks.resolve import resolve_blocks
-from ..tasks import registry
+from ..tasks import alfa
 from ..tasks.flags import spell_flags
 from ..train.arguments.command_line import build_parser
 from ..train.data.check import data_root, dataset_kind
@@ -59,9 +59,9 @@ def command_line(args: argparse.Namespace) -> str:
     parser = build_parser()
     for left_out in _OF_THIS_MACHINE:
         setattr(shown, left_out, parser.get_default(left_out))
-    for flag, default in registry.DEFAULTS.items():  # filled in by the run, where the parser has None
-        if getattr(shown, flag) == default:
-            setattr(shown, flag, None)
+    for flag in alfa.FLAGS:  # filled in by the run, where the parser has None
+        if flag.name != "alfa_blocks" and getattr(shown, flag.name) == flag.default:
+            setattr(shown, flag.name, parser.get_default(flag.name))
     if shown.method == "standard" or (shown.method == "alfa" and shown.alfa_blocks):
         shown.method = None  # what leaving it out means
     return shlex.join(["timm-alfa-train", *spell_flags(parser, shown)])
@@ -158,11 +158,15 @@ def _results(run: TrainedRun) -> str:
 def _training(run: TrainedRun) -> str:
     args, lines = run.args, []
     if args.method == "alfa":
-        names = [name for name in registry.DEFAULTS if args.alfa_learnable or name not in registry.LEARNING]
-        values = {name: getattr(args, name) for name in names}
+        values = [
+            (flag.name.removeprefix("alfa_").replace("_", " "), getattr(args, flag.name))
+            for flag in alfa.FLAGS
+            if flag.name not in ("alfa_blocks", "alfa_learnable")
+            and (args.alfa_learnable or flag.only_with != "alfa_learnable")
+        ]
         shown = ", ".join(
-            f"{name.removeprefix('alfa_').replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
-            for name, value in values.items()
+            f"{name} {f'{value:.4g}' if isinstance(value, float) else value}"
+            for name, value in values
             if value is not None
         )
         blocks = ", ".join(f"`{block}`" for block in resolve_blocks(run.model, args.alfa_blocks))

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..tasks import registry
 from ..tasks.flags import flag_name
-from ..tasks.methods import METHODS
 from ..train.arguments.command_line import parse_args
 
 
@@ -16,8 +15,9 @@ def split_settings(args: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, s
 
     A flag of a later version, or of another script, counts as set unless its value is empty.
     """
-    defaults = vars(parse_args([])) | registry.DEFAULTS
-    defaults |= {flag.name: flag.default for method in METHODS.values() for flag in method.flags}
+    of_methods = registry.defaults()
+    del of_methods["alfa_blocks"]  # which features is what a reader looks for first
+    defaults = vars(parse_args([])) | of_methods
     is_set = {
         name: value is not None and (value != defaults[name] if name in defaults else value not in (False, "", [], {}))
         for name, value in args.items()

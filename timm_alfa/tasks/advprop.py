@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from ..engine.aux_batchnorm import AuxBatchNorms
 from ..engine.grad_checkpointing import without_checkpointing
 from ..engine.trace import evaluating
-from ..errors import UsageError
 from ..loss import REDUCTIONS, AlfaLoss, Reduction, scalar_loss
 from ..pgd import INITS
-from .base import PeerTask, from_same_start
+from .base import PixelTask, from_same_start
 from .flags import Flag, above_zero, at_least_zero, number
 from .pixels import ATTACK_MODES, AttackMode, PixelAttack
 
@@ -44,14 +43,14 @@ FLAGS = (
 )
 
 
-class AuxTask(PeerTask):
+class AuxTask(PixelTask):
     """A task whose adversarial images see auxiliary batch norms, absent from every ``state_dict`` and at evaluation.
 
     Build the optimizer afterwards: it trains the auxiliary affine parameters too. A model without batch norms shares
     whatever norms it has.
 
     Args:
-        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`PeerTask`.
+        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`PixelTask`.
         attack: Of the images.
         attack_bn: ``"train"``: the attack normalises with the batch's statistics. ``"eval"``: the model attacked is in
             evaluation mode, on the auxiliary running statistics. Neither moves a statistic.
@@ -81,38 +80,29 @@ class AuxTask(PeerTask):
     @contextmanager
     def attacking(self) -> Iterator[None]:
         """Around an attack: the auxiliary branches compute, nothing moves."""
-        mode = evaluating(self.__dict__["model"]) if self.attack_bn == "eval" else nullcontext()
+        mode = evaluating(self.models.bare) if self.attack_bn == "eval" else nullcontext()
         with mode, self.aux.active(), self.statistics.kept():
             yield
 
     @contextmanager
     def adversarial(self) -> Iterator[None]:
         """Around a pass that trains the auxiliary branches and moves their statistics, and no others."""
-        with (
-            self.aux.active(),
-            self.statistics.kept_outside_batch_norms(),
-            without_checkpointing(self.__dict__["model"]),
-        ):
+        with self.aux.active(), self.statistics.kept_outside_batch_norms(), without_checkpointing(self.models.bare):
             yield
 
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+    def method_state(self) -> dict[str, Any]:
         """The step count and the auxiliary batch norms."""
-        return {} if ema else {**super().get_task_state(module), "aux": self.aux.state_dict()}
+        return {**super().method_state(), "aux": self.aux.state_dict()}
 
-    def load_task_state(
-        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
-    ) -> None:
-        """Continue from :meth:`get_task_state`.
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`method_state`.
 
         Raises:
-            UsageError: The auxiliary batch norms are of another model.
+            ValueError: The auxiliary batch norms are of another model.
         """
-        super().load_task_state(state, strict, module, ema)
-        if not ema and state and "aux" in state:
-            try:
-                self.aux.load_state_dict(state["aux"])
-            except ValueError as error:
-                raise UsageError(f"--resume: {error}") from None
+        super().load_method_state(state)
+        if "aux" in state:
+            self.aux.load_state_dict(state["aux"])
 
 
 class AdvPropTask(AuxTask):
@@ -152,8 +142,9 @@ class AdvPropTask(AuxTask):
         )
         self.objective = AlfaLoss(self.criterion, reduction=reduction)
 
-    def compute(self, model: nn.Module, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def compute(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Attack, a clean pass, an adversarial pass."""
+        model = self.models.called
         start = self.random_state(input)
         with start.left_as_is(), self.attacking():
             perturbed = self.attack(model, self.criterion, input, target, self.generator(input.device), start)

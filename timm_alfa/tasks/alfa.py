@@ -2,39 +2,212 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..blocks.resolve import format_blocks, list_blocks
-from ..engine.batchnorm import BatchNormMode
+from ..blocks.resolve import format_blocks, list_blocks, resolve_blocks
+from ..engine.batchnorm import BATCH_NORM_MODES, BatchNormMode
 from ..engine.compiler import stays_eager
-from ..engine.tail_by_tail import Sweep
-from ..errors import UsageError
-from ..eta import EtaSet
-from ..eta_step import EtaStepper
-from ..loss import AlfaLoss, Reduction, scalar_loss
-from ..pgd import Init, Norm, l2_norms, linf_norms
-from ..sizes import Relative, describe_size
-from ..wrapper import AlfaWrapper, Gradient
-from .monitor import Monitor
+from ..engine.core import GRADIENTS, Engine, Gradient
+from ..engine.tail_by_tail import TailByTailStep
+from ..errors import BlockError, UsageError
+from ..eta import ETA_SETS, Eta, EtaSet, EtaStepper
+from ..loss import REDUCTIONS, AlfaLoss, Reduction
+from ..perturbation import Perturbation, Pgd
+from ..pgd import INITS, NORMS, Init, Norm
+from ..sizes import Relative
+from .base import MethodTask
+from .flags import (
+    Flag,
+    above_zero,
+    at_least_one,
+    at_least_zero,
+    is_size_above_zero,
+    is_size_of_at_least_zero,
+    number,
+    settings,
+    size,
+)
+from .monitor import FeatureMonitor, norms
 
 _logger = logging.getLogger(__name__)
 
+FEATURES = "ALFA: which features"
+ATTACK = "ALFA: the attack"
+OBJECTIVE = "ALFA: the objective"
+LEARNING = "L-ALFA: learned strengths"
+WEIGHT = "a finite weight of at least 0"
 
-class AlfaTask(ClassificationTask):
+FLAGS = (
+    Flag(
+        "alfa_blocks",
+        ["@last"],
+        "blocks whose outputs are perturbed; switches ALFA on. Names, globs such as 'blocks.*', @last or @stages",
+        nargs="+",
+        group=FEATURES,
+        argument="blocks",
+        source="i in Eq. 3",
+    ),
+    Flag(
+        "alfa_alpha",
+        Pgd.alpha,
+        "step size in feature units, such as 0.002 or 0.5/255, or as a share of the feature's rms, such as 2%%",
+        size,
+        expected="a finite step size above 0, such as 0.5/255 or 2%",
+        valid=is_size_above_zero,
+        group=ATTACK,
+        argument="alpha",
+        source="alpha in Eq. 4",
+    ),
+    Flag(
+        "alfa_steps",
+        Pgd.steps,
+        "steps of the attack; the first is nearly free",
+        int,
+        expected="a whole number of at least 1",
+        valid=at_least_one,
+        group=ATTACK,
+        argument="steps",
+        source="K in Eq. 4",
+    ),
+    Flag(
+        "alfa_eps",
+        Pgd.eps,
+        "bound on the perturbation's norm, a number or a share as above",
+        size,
+        expected="a finite bound of at least 0, or a share such as 8%",
+        valid=is_size_of_at_least_zero,
+        group=ATTACK,
+        argument="eps",
+        source="Proj in Eq. 4",
+    ),
+    Flag(
+        "alfa_norm",
+        Pgd.norm,
+        "sign of the gradient, or the gradient over its l2 norm; also the bound's norm",
+        choices=NORMS,
+        group=ATTACK,
+        argument="norm",
+        source="Eq. 4",
+    ),
+    Flag(
+        "alfa_init",
+        Pgd.init,
+        "where the perturbation starts; uniform needs --alfa-eps",
+        choices=INITS,
+        group=ATTACK,
+        argument="init",
+        source="Eq. 4",
+    ),
+    Flag(
+        "alfa_lambda",
+        1.0,
+        "weight of the adversarial losses; 0 is plain training",
+        number,
+        expected=WEIGHT,
+        valid=at_least_zero,
+        group=OBJECTIVE,
+        argument="lam",
+        source="lambda in Eq. 3",
+    ),
+    Flag(
+        "alfa_reduction",
+        "sum",
+        "add the adversarial losses, or average them with the clean one",
+        choices=REDUCTIONS,
+        group=OBJECTIVE,
+        argument="reduction",
+        source="Eq. 3",
+    ),
+    Flag(
+        "alfa_grad",
+        "full",
+        "whether adversarial losses also train the layers before their block",
+        choices=GRADIENTS,
+        group=OBJECTIVE,
+        argument="grad",
+        source="Eq. 3",
+    ),
+    Flag(
+        "alfa_bn",
+        "clean",
+        "whether adversarial passes move the running statistics too (shared), or have batch norms "
+        "of their own (aux); clean: neither",
+        choices=BATCH_NORM_MODES,
+        group=OBJECTIVE,
+        argument="bn",
+    ),
+    Flag(
+        "alfa_learnable",
+        False,
+        "learn how strongly each block is perturbed (eta)",
+        bool,
+        group=LEARNING,
+        argument="learnable",
+        source="eta in Eq. 5",
+    ),
+    Flag(
+        "alfa_gamma",
+        0.0,
+        "weight of the l1 norm of eta; the paper tunes it in 0.5, 1, 2",
+        number,
+        expected=WEIGHT,
+        valid=at_least_zero,
+        group=LEARNING,
+        only_with="alfa_learnable",
+        argument="gamma",
+        source="gamma in Eq. 5",
+    ),
+    Flag(
+        "alfa_eta_lr",
+        0.01,
+        "learning rate of eta, constant",
+        number,
+        expected="a finite learning rate above 0",
+        valid=above_zero,
+        group=LEARNING,
+        only_with="alfa_learnable",
+        argument="eta_lr",
+        source="Algorithm 1",
+    ),
+    Flag(
+        "alfa_eta_set",
+        "hyperplane",
+        "where eta lives: sum 1, or sum 1 and no negative entry",
+        choices=ETA_SETS,
+        group=LEARNING,
+        only_with="alfa_learnable",
+        argument="eta_set",
+        source="P in Eq. 5",
+    ),
+    Flag(
+        "alfa_sample_blocks",
+        None,
+        "perturb this many of the blocks per step, drawn at random and weighted accordingly; none is all",
+        int,
+        expected="a whole number of at least 1",
+        valid=at_least_one,
+        group=LEARNING,
+        argument="sample_blocks",
+    ),
+)
+
+
+class AlfaTask(MethodTask):
     """A classification task whose loss is ALFA's objective (Eq. 3), or L-ALFA's (Eq. 5, Algorithm 1).
 
     Everything that timm's ``train.py`` asks of a task holds: the trainable module, the evaluation model, EMA and
     checkpoints are those of the plain model, and eta is in ``task_state``. The gradients are those of
-    ``AlfaLoss(criterion)(AlfaWrapper(model, ...)(input, target), target)``, but each tail is walked once and freed at
-    once, see :mod:`timm_alfa.engine.tail_by_tail`.
+    ``AlfaLoss(criterion)(AlfaWrapper(model, ...)(input, target), target)``, but each tail is differentiated once and
+    freed at once, see :mod:`timm_alfa.engine.tail_by_tail`.
 
     Args:
         model: The model to train, on its device.
@@ -47,6 +220,7 @@ class AlfaTask(ClassificationTask):
         sample_blocks: Perturb this many of the r blocks per step, drawn anew each time, alike on all ranks, and
             weighted r / N so that the objective's mean stays the same; ``None`` perturbs all.
         seed: Of the draws of ``sample_blocks``.
+        perturbation: Another way to find delta, in place of alpha, steps, eps, norm and init.
         device: Device of the task.
         dtype: Dtype of the task.
         verbose: Log what the task does.
@@ -55,7 +229,8 @@ class AlfaTask(ClassificationTask):
         ValueError, TypeError: An argument is out of its range. BlockError: A block does not resolve.
     """
 
-    wrapper_type = AlfaWrapper  # what finds the perturbations
+    title = "ALFA"
+    monitor: FeatureMonitor
 
     def __init__(
         self,
@@ -64,11 +239,11 @@ class AlfaTask(ClassificationTask):
         blocks: str | Sequence[str] = "@last",
         *,
         criterion_kwargs: dict[str, Any] | None = None,
-        alpha: float | str | Relative = 0.5 / 255,
-        steps: int = 1,
-        eps: float | str | Relative | None = None,
-        norm: Norm = "linf",
-        init: Init = "zero",
+        alpha: float | str | Relative = Pgd.alpha,
+        steps: int = Pgd.steps,
+        eps: float | str | Relative | None = Pgd.eps,
+        norm: Norm = Pgd.norm,
+        init: Init = Pgd.init,
         grad: Gradient = "full",
         bn: BatchNormMode = "clean",
         lam: float = 1.0,
@@ -79,54 +254,34 @@ class AlfaTask(ClassificationTask):
         eta_lr: float = 0.01,
         sample_blocks: int | None = None,
         seed: int = 0,
+        perturbation: Perturbation | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ):
-        super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        alfa = self.wrapper_type(
-            model,
-            self.criterion,
-            blocks,
-            alpha=alpha,
-            steps=steps,
-            eps=eps,
-            norm=norm,
-            init=init,
-            grad=grad,
-            bn=bn,
-            learnable=learnable,
-            eta_set=eta_set,
-            eta_lr=eta_lr,
+        super().__init__(
+            model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose
         )
-        if sample_blocks is not None and not 1 <= sample_blocks <= len(alfa.blocks):
-            raise ValueError(
-                f"sample_blocks: expected 1 to {len(alfa.blocks)}, the number of blocks, found {sample_blocks}"
-            )
+        if perturbation is None:
+            perturbation = Pgd(alpha, steps, eps, norm, init)
+        eta = partial(Eta, learnable=learnable, eta_set=eta_set, lr=eta_lr)
+        self.engine = Engine(model, self.criterion, blocks, perturbation, grad=grad, bn=bn, eta=eta)
+        found = self.engine.blocks
+        if sample_blocks is not None and not 1 <= sample_blocks <= len(found):
+            raise ValueError(f"sample_blocks: expected 1 to {len(found)}, the number of blocks, found {sample_blocks}")
         asked = [blocks] if isinstance(blocks, str) else list(blocks)
-        if verbose and asked != alfa.blocks:
-            _logger.info(f"blocks {' '.join(asked)}: {', '.join(alfa.blocks)}")
+        if verbose and asked != found:
+            _logger.info(f"blocks {' '.join(asked)}: {', '.join(found)}")
+        self.sample_blocks = sample_blocks
+        self.seed = seed
         self.objective = AlfaLoss(self.criterion, lam, gamma, reduction)
-        self.monitor = Monitor(alfa)
-        # Not registered as a submodule: until DDP wraps the step, the trainable module is the bare model.
-        self.__dict__["step"] = _AlfaStep(alfa, self.objective, self.monitor, sample_blocks, seed)
+        self.step = TailByTailStep(self.engine, self.objective)
+        self.monitor = FeatureMonitor(self.reported, self.device, self.engine)
         self._others_noted = False
         self._stepper: EtaStepper | None = None
         if learnable:
-            self._stepper = EtaStepper(alfa.eta, model.parameters())
+            self._stepper = EtaStepper(self.engine.eta, model.parameters())
             self._stepper.listen()
-
-    @property
-    def alfa(self) -> AlfaWrapper:
-        """The wrapper around the model."""
-        alfa: AlfaWrapper = self.__dict__["step"].module
-        return alfa
-
-    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> AlfaTask:
-        """Wrap the whole step in DDP: one DDP forward per step, whatever happens inside."""
-        self.eval_model = self.alfa.module
-        self.trainable_module = DistributedDataParallel(self.__dict__["step"], device_ids=device_ids, **ddp_kwargs)
-        return self
 
     def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
@@ -144,8 +299,8 @@ class AlfaTask(ClassificationTask):
         Raises:
             ValueError: The mode makes CUDA graphs, see :meth:`AlfaWrapper.compile`.
         """
-        self.alfa.compile(backend=backend, mode=mode, **compile_kwargs)
-        return self.alfa.module
+        self.engine.compile(backend=backend, mode=mode, **compile_kwargs)
+        return self.engine.model
 
     def forward(self, input: Any, target: Any) -> dict[str, Any]:
         """One step.
@@ -161,15 +316,49 @@ class AlfaTask(ClassificationTask):
         """
         if self._stepper is not None:
             self._stepper.begin_batch()
-        distributed = isinstance(self.trainable_module, DistributedDataParallel)
-        result: dict[str, Any] = (self.trainable_module if distributed else self.__dict__["step"])(input, target)
-        gradient, observed = result.pop("eta_gradient", None), result.pop("observed", {})
-        self._note_others(result.pop("others", []))
+        return {"loss_adv_by_block": {}, "finite": {}, **super().forward(input, target)}
+
+    @stays_eager
+    def compute(self, input: Any, target: Any) -> dict[str, Any]:
+        """Clean pass, attacks, adversarial passes, and all gradients behind the first block."""
+        of_clean, weights = self._weights()
+        found = self.step(input, target, of_clean, weights, norms if self.monitor.norms_due else None)
+        result = {
+            "loss": found.loss,
+            "output": found.output,
+            "loss_clean": found.clean,
+            "loss_adv": torch.stack(list(found.adversarial.values())).mean(),
+            "loss_adv_by_block": found.adversarial,
+            "finite": found.finite,
+            "observed": found.observed,
+            "others": found.others,
+        }
+        if self.engine.eta.learnable:
+            result |= {"eta": self.engine.eta.values.detach().clone(), "eta_gradient": found.eta_gradient}
+        return result
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Note what the logs show, and hand eta's gradient on, which waits for the optimizer's step.
+
+        Args:
+            result: What :meth:`compute` returned.
+        """
+        result = super().finish(result)
+        gradient, _ = result.pop("eta_gradient", None), result.pop("observed")
+        self._note_others(result.pop("others"))
         if self._stepper is not None and gradient is not None:
             self._stepper.add(gradient)
-        if result["loss_adv_by_block"]:
-            self.monitor.add(result, observed)
         return result
+
+    def _weights(self) -> tuple[float, dict[str, float]]:
+        """Factors of the clean loss and of the adversarial losses of this step's blocks."""
+        blocks = self.engine.blocks
+        of_clean, of_adversarial = self.objective.weights(len(blocks))
+        if self.sample_blocks is None:
+            return of_clean, dict.fromkeys(blocks, of_adversarial)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.engine.passes) % 2**63)
+        drawn = torch.randperm(len(blocks), generator=generator)[: self.sample_blocks].sort().values.tolist()
+        return of_clean, {blocks[i]: of_adversarial * len(blocks) / self.sample_blocks for i in drawn}
 
     def _note_others(self, others: list[Tensor]) -> None:
         """Say once what DDP will not average: it knows the parameters of the model and of a criterion that is a module.
@@ -189,55 +378,30 @@ class AlfaTask(ClassificationTask):
                 "that holds them, or average them yourself"
             )
 
-    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """The model's parameters, on one rank and on several (where DDP also holds those of a criterion).
-
-        Args:
-            exclude_head: Leave out the last two.
-        """
-        parameters = list(self.alfa.module.parameters())
-        return parameters[:-2] if exclude_head else parameters
-
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What a checkpoint needs besides the weights: the step count, eta with its momentum, auxiliary batch norms.
-
-        Args:
-            module: Without effect; timm passes the module whose weights it saves.
-            ema: Whether that is the average of the weights, which needs nothing more: an empty dict.
-        """
-        if ema:
-            return {}
-        state: dict[str, Any] = {"passes": self.alfa.passes}
-        if self.alfa.eta.learnable:
-            state["eta"] = self.alfa.eta.state_dict()
-        if self.alfa.aux is not None:
-            state["aux"] = self.alfa.aux.state_dict()
+    def method_state(self) -> dict[str, Any]:
+        """The step count, eta with its momentum, auxiliary batch norms."""
+        state: dict[str, Any] = {**super().method_state(), "passes": self.engine.passes}
+        if self.engine.eta.learnable:
+            state["eta"] = self.engine.eta.state_dict()
+        if self.engine.aux is not None:
+            state["aux"] = self.engine.aux.state_dict()
         return state
 
-    def load_task_state(
-        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
-    ) -> None:
-        """Continue from :meth:`get_task_state`; a checkpoint of plain training has none and starts afresh.
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`method_state`.
 
         Args:
-            state: What that returned; None or empty changes nothing.
-            strict: Without effect, what is there is checked in any case.
-            module: Without effect.
-            ema: Whether it is for the average of the weights, which has no state of its own.
+            state: What that returned.
 
         Raises:
-            UsageError: eta was learned for another list of blocks, or auxiliary batch norms are of another model.
+            ValueError: eta was learned for another list of blocks, or auxiliary batch norms are of another model.
         """
-        if ema or not state:
-            return
-        self.alfa.passes = int(state.get("passes", 0))
-        try:
-            if self.alfa.eta.learnable and "eta" in state:
-                self.alfa.eta.load_state_dict(state["eta"])
-            if self.alfa.aux is not None and "aux" in state:
-                self.alfa.aux.load_state_dict(state["aux"])
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        super().load_method_state(state)
+        self.engine.passes = int(state.get("passes", 0))
+        if self.engine.eta.learnable and "eta" in state:
+            self.engine.eta.load_state_dict(state["eta"])
+        if self.engine.aux is not None and "aux" in state:
+            self.engine.aux.load_state_dict(state["aux"])
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
         """What a run should say at its start: the resolved blocks, their shapes and the share of FLOPs behind them.
@@ -245,94 +409,55 @@ class AlfaTask(ClassificationTask):
         Args:
             input_size: Shape of one image, [C, H, W]; None takes the model's own.
         """
-        alfa, loss = self.alfa, self.objective
-        infos = [info for info in list_blocks(alfa.module, input_size, depth=None) if info.name in alfa.blocks]
-        bound = "unbounded"
-        if alfa.eps is not None:
-            bound = f"eps {alfa.eps}" if isinstance(alfa.eps, Relative) else f"eps {alfa.eps:.4g}"
-        method = f"L-ALFA ({alfa.eta.eta_set}, gamma {loss.gamma:g})" if alfa.eta.learnable else "ALFA"
+        engine, loss = self.engine, self.objective
+        infos = [info for info in list_blocks(engine.model, input_size, depth=None) if info.name in engine.blocks]
+        title = f"L-ALFA ({engine.eta.eta_set}, gamma {loss.gamma:g})" if engine.eta.learnable else self.title
         head = (
-            f"{method}: PGD-{alfa.steps}, alpha {describe_size(alfa.alpha)}, {alfa.norm}, {bound}, "
-            f"lambda {loss.lam:g}, {loss.reduction}, gradients {alfa.grad}, batch norm {alfa.bn}"
+            f"{title}: {engine.perturbation.describe()}, lambda {loss.lam:g}, {loss.reduction}, "
+            f"gradients {engine.grad}, batch norm {engine.bn}"
         )
         return [head, *format_blocks(infos).splitlines()]
-
-    def interval_text(self) -> str:
-        """For a log line: the last step's losses, in brackets their averages so far, and eta if it is learned."""
-        return self.monitor.text()
-
-    def epoch_metrics(self) -> dict[str, float]:
-        """Averages since the last call, over all ranks (every rank has to call), for the epoch's summary."""
-        return self.monitor.take()
 
     def write_history(self, folder: Path | None) -> None:
         """Append eta of every step since the last call to ``eta.csv`` in ``folder``; ranks without a folder drop it."""
         self.monitor.history.write(folder)
 
 
-class _AlfaStep(nn.Module):
-    """Everything that has to happen inside one DDP forward. ``module`` leads timm's ``unwrap_model`` to the model."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """What one flag alone does not show.
 
-    def __init__(self, alfa: AlfaWrapper, objective: AlfaLoss, monitor: Monitor, sample_blocks: int | None, seed: int):
-        super().__init__()
-        self.module = alfa
-        self.monitor = monitor
-        self.sample_blocks = sample_blocks
-        self.seed = seed
-        # What holds the criterion once more is not registered: `alfa` holds it, and DDP averages its parameters there.
-        self.__dict__["objective"] = objective
-        self.__dict__["sweep"] = Sweep(alfa, objective.criterion, objective.gamma)
-
-    def forward(self, input: Any, target: Any) -> dict[str, Any]:
-        alfa: AlfaWrapper = self.module
-        if not (alfa.module.training and torch.is_grad_enabled()):
-            output = alfa(input)
-            clean = scalar_loss(self.__dict__["objective"].criterion, output, target)
-            return {
-                "loss": clean,
-                "output": output,
-                "loss_clean": clean.detach().clone(),
-                "loss_adv": clean.detach().clone(),
-                "loss_adv_by_block": {},
-                "finite": {},
-            }
-        return self._train(input, target)
-
-    @stays_eager
-    def _train(self, input: Any, target: Any) -> dict[str, Any]:
-        alfa: AlfaWrapper = self.module
-        of_clean, weights = self._weights()
-        observe = _norms if self.monitor.norms_due else None
-        swept = self.__dict__["sweep"](input, target, of_clean, weights, observe)
-        result = {
-            "loss": swept.loss,
-            "output": swept.output,
-            "loss_clean": swept.clean,
-            "loss_adv": torch.stack(list(swept.adversarial.values())).mean(),
-            "loss_adv_by_block": swept.adversarial,
-            "finite": swept.finite,
-            "observed": swept.observed,
-            "others": swept.others,
-        }
-        if alfa.eta.learnable:
-            result |= {"eta": alfa.eta.values.detach().clone(), "eta_gradient": swept.eta_gradient}
-        return result
-
-    def _weights(self) -> tuple[float, dict[str, float]]:
-        """Factors of the clean loss and of the adversarial losses of this step's blocks."""
-        alfa: AlfaWrapper = self.module
-        blocks = alfa.blocks
-        of_clean, of_adversarial = self.__dict__["objective"].weights(len(blocks))
-        if self.sample_blocks is None:
-            return of_clean, dict.fromkeys(blocks, of_adversarial)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + alfa.passes) % 2**63)
-        drawn = torch.randperm(len(blocks), generator=generator)[: self.sample_blocks].sort().values.tolist()
-        return of_clean, {blocks[i]: of_adversarial * len(blocks) / self.sample_blocks for i in drawn}
+    Raises:
+        UsageError: Naming the flag, and what would be right.
+    """
+    if args.alfa_init == "uniform" and args.alfa_eps is None:
+        raise UsageError("--alfa-init uniform: starts within a bound; give one with --alfa-eps")
 
 
-def _norms(delta: Sequence[Tensor], feature: Sequence[Tensor]) -> Tensor:
-    """[3]: mean over the batch of ||delta||_2 and ||delta||_inf, and rms(delta) / rms(f)."""
-    l2 = l2_norms(delta)
-    total = torch.stack([part.detach().float().square().sum() for part in feature]).sum()
-    ratio = l2.square().sum().sqrt() / total.sqrt()
-    return torch.stack([l2.mean(), linf_norms(delta).mean(), ratio.to(l2)]).float()
+def build(
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module | None,
+    *,
+    input_size: tuple[int, int, int] | None,
+    task_type: type[AlfaTask] = AlfaTask,
+    **common: Any,
+) -> AlfaTask:
+    """The task that checked arguments ask for; ``common`` holds device, dtype and verbose.
+
+    Raises:
+        UsageError: A block does not resolve or cannot be perturbed.
+    """
+    try:
+        blocks = list(resolve_blocks(model, args.alfa_blocks))
+        if args.alfa_sample_blocks is not None and args.alfa_sample_blocks > len(blocks):
+            raise UsageError(
+                f"--alfa-sample-blocks {args.alfa_sample_blocks}: expected at most the number of blocks, "
+                f"{len(blocks)} ({', '.join(blocks)})"
+            )
+        arguments = {**settings(args, FLAGS), "blocks": blocks}
+        task = task_type(model, criterion, **arguments, seed=getattr(args, "seed", 0), **common)
+        if input_size is not None:
+            task.engine.check_blocks(input_size)
+    except BlockError as error:
+        raise UsageError(f"--alfa-blocks {' '.join(args.alfa_blocks)}: {error}") from None
+    return task

@@ -1,9 +1,10 @@
-"""What the peers have in common: one DDP forward per step, a step count, and averages of their losses for the logs."""
+"""What all methods have in common: one DDP forward per step, a step count, their state, and averages for the logs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..engine.batchnorm import Statistics
 from ..engine.compiler import allow_second_walks
 from ..engine.random_sources import Source, random_sources
-from ..engine.randomness import RandomState
+from ..engine.randomness import RandomState, step_generator
 from ..engine.replay import random_devices
+from ..errors import UsageError
 from ..loss import scalar_loss
-from ..utils.distributed import mean_over_ranks
+from .monitor import LossMonitor
 
 
-class PeerTask(ClassificationTask):
-    """A classification task whose step runs the model several times; subclasses say how in :meth:`compute`.
+class MethodTask(ClassificationTask):
+    """A classification task with a training step of its own; subclasses say which in :meth:`compute`.
 
     Whatever timm's ``train.py`` asks of a task holds: the trainable module, the evaluation model, EMA and checkpoints
     are those of the plain model.
@@ -36,7 +38,8 @@ class PeerTask(ClassificationTask):
         verbose: Log what the task does.
     """
 
-    reported: tuple[str, ...] = ("loss_clean", "loss_adv")
+    reported: tuple[str, ...] = ("loss_clean", "loss_adv")  # what the logs show of a step's result
+    monitor: LossMonitor
 
     def __init__(
         self,
@@ -49,34 +52,131 @@ class PeerTask(ClassificationTask):
         verbose: bool = True,
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        self.passes = 0  # training steps made: what a step draws by itself follows from it
-        self.statistics = Statistics(model)
-        self._sources: tuple[Source, ...] | None = None
-        # Not registered as submodules: until DDP wraps the step, the trainable module is the bare model.
-        self.__dict__["model"] = model
-        self.__dict__["step"] = _Step(model, self.compute)
-        self._sum: Tensor | None = None
-        self._last: Tensor | None = None
-        self._count = 0
+        self.models = _Models(model, model)
+        self.monitor = LossMonitor(self.reported, self.device)
 
-    def compute(self, model: nn.Module, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """One training step's losses.
+    def compute(self, input: Any, target: Any) -> dict[str, Any]:
+        """One training step.
 
         Args:
-            model: To call: the model itself, or compiled.
-            input: [B, C, H, W].
-            target: [B] or [B, num_classes].
+            input: [B, C, H, W], or what the model takes.
+            target: [B], [B, num_classes], or what the criterion takes.
 
         Returns:
-            ``loss`` with its graph, and detached ``output`` and whatever losses :attr:`reported` names.
+            ``loss`` to call ``backward`` on, ``output``, and whatever :attr:`reported` names, detached.
         """
         raise NotImplementedError
 
-    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> PeerTask:
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """After a training step, outside of DDP: note what the logs show.
+
+        Args:
+            result: What :meth:`compute` returned.
+
+        Returns:
+            What the caller of the task gets.
+        """
+        self.monitor.add(result)
+        return result
+
+    def forward(self, input: Any, target: Any) -> dict[str, Any]:
+        """One step; in evaluation mode and without gradients, the plain loss."""
+        if not (self.models.bare.training and torch.is_grad_enabled()):
+            output = self.models.called(input)
+            loss = scalar_loss(self.criterion, output, target)
+            return {"loss": loss, "output": output, **{name: loss.detach().clone() for name in self.reported}}
+        distributed = isinstance(self.trainable_module, DistributedDataParallel)
+        result: dict[str, Any] = (self.trainable_module if distributed else self.compute)(input, target)
+        return self.finish(result)
+
+    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> MethodTask:
         """Wrap the whole step in DDP: one DDP forward per step, however often the model runs inside."""
-        self.eval_model = self.__dict__["step"].module
-        self.trainable_module = DistributedDataParallel(self.__dict__["step"], device_ids=device_ids, **ddp_kwargs)
+        self.eval_model = self.models.called
+        step = _DistributedStep(self.models.called, self.criterion, self.compute)
+        self.trainable_module = DistributedDataParallel(step, device_ids=device_ids, **ddp_kwargs)
         return self
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """The model's parameters, on one rank and on several (where DDP also holds those of a criterion).
+
+        Args:
+            exclude_head: Leave out the last two.
+        """
+        parameters = list(self.models.bare.parameters())
+        return parameters[:-2] if exclude_head else parameters
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """What a checkpoint needs besides the weights.
+
+        Args:
+            module: Without effect; timm passes the module whose weights it saves.
+            ema: Whether that is the average of the weights, which needs nothing more: an empty dict.
+        """
+        return {} if ema else self.method_state()
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """Continue from :meth:`get_task_state`; a checkpoint of plain training has none and starts afresh.
+
+        Args:
+            state: What that returned; None or empty changes nothing.
+            strict: Without effect, what is there is checked in any case.
+            module: Without effect.
+            ema: Whether it is for the average of the weights, which has no state of its own.
+
+        Raises:
+            UsageError: It is of another model, or of other blocks.
+        """
+        if ema or not state:
+            return
+        try:
+            self.load_method_state(state)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's part of a checkpoint."""
+        return {}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`method_state`.
+
+        Args:
+            state: What that returned.
+
+        Raises:
+            ValueError: It does not fit.
+        """
+
+    def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
+        """What a run should say at its start.
+
+        Args:
+            input_size: Shape of one image, [C, H, W]; None takes the model's own.
+        """
+        return []
+
+    def interval_text(self) -> str:
+        """For a log line: the last step's losses, in brackets their averages so far."""
+        return self.monitor.text()
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Averages since the last call, over all ranks (every rank has to call), for the epoch's summary."""
+        return self.monitor.take()
+
+    def write_history(self, folder: Path | None) -> None:
+        """Write what was recorded step by step into ``folder``; ranks without a folder drop it."""
+
+
+class PixelTask(MethodTask):
+    """A task whose step runs the whole model several times, on images."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.passes = 0  # training steps made: what a step draws follows from it
+        self.statistics = Statistics(self.models.bare)
+        self._sources: tuple[Source, ...] | None = None
 
     def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
@@ -92,85 +192,59 @@ class PeerTask(ClassificationTask):
             The compiled model.
         """
         allow_second_walks()
-        compiled = super().compile(backend=backend, mode=mode, **compile_kwargs)
-        self.__dict__["step"].module = compiled
-        return compiled
+        self.models.called = super().compile(backend=backend, mode=mode, **compile_kwargs)
+        return self.models.called
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """One step; in evaluation mode and without gradients, the plain loss."""
-        if not (self.__dict__["model"].training and torch.is_grad_enabled()):
-            output = self.__dict__["step"].module(input)
-            loss = scalar_loss(self.criterion, output, target)
-            return {"loss": loss, "output": output, **{name: loss.detach().clone() for name in self.reported}}
-        distributed = isinstance(self.trainable_module, DistributedDataParallel)
-        result: dict[str, Tensor] = (self.trainable_module if distributed else self.__dict__["step"])(input, target)
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Count the step."""
         self.passes += 1
-        self._last = torch.stack([result[name] for name in self.reported]).float()
-        self._sum = self._last if self._sum is None else self._sum + self._last
-        self._count += 1
-        return result
+        return super().finish(result)
+
+    def method_state(self) -> dict[str, Any]:
+        """The step count."""
+        return {**super().method_state(), "passes": self.passes}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`method_state`."""
+        super().load_method_state(state)
+        self.passes = int(state.get("passes", 0))
 
     def random_state(self, input: Tensor) -> RandomState:
         """The random state now, of the CPU, and of the accelerators and other sources that the model may draw from."""
         if self._sources is None:
-            self._sources = random_sources(self.__dict__["model"])
-        return RandomState.capture(random_devices(self.__dict__["model"], (input,)), self._sources)
+            self._sources = random_sources(self.models.bare)
+        return RandomState.capture(random_devices(self.models.bare, (input,)), self._sources)
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """For what a step draws besides the model's own draws, anew in each step; the global state stays as it is."""
-        generator = torch.Generator(device)
-        generator.manual_seed((torch.initial_seed() + 1_000_003 * (self.passes + 1)) % 2**63)
-        return generator
-
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What a checkpoint needs besides the weights."""
-        return {} if ema else {"passes": self.passes}
-
-    def load_task_state(
-        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
-    ) -> None:
-        """Continue from :meth:`get_task_state`; a checkpoint of plain training has none and starts afresh."""
-        if not ema and state:
-            self.passes = int(state.get("passes", 0))
-
-    def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
-        """What a run should say at its start.
-
-        Args:
-            input_size: Shape of one image, [C, H, W].
-        """
-        return []
-
-    def interval_text(self) -> str:
-        """For a log line: the last step's losses, in brackets their averages so far."""
-        if self._last is None or self._sum is None:
-            return ""
-        last, mean = self._last.tolist(), (self._sum / self._count).tolist()
-        titles = [name.removeprefix("loss_").capitalize() for name in self.reported]
-        return "  ".join(f"{t}: {value:#.3g} ({m:#.3g})" for t, value, m in zip(titles, last, mean, strict=True))
-
-    def epoch_metrics(self) -> dict[str, float]:
-        """Averages of the losses since the last call, over all ranks (every rank has to call)."""
-        nothing = torch.full((len(self.reported),), torch.nan, device=self.device)
-        mean = mean_over_ranks(nothing if self._sum is None else self._sum / self._count)
-        self._sum, self._last, self._count = None, None, 0
-        return dict(zip(self.reported, mean.tolist(), strict=True))
-
-    def write_history(self, folder: Path | None) -> None:
-        """Nothing is recorded step by step."""
+        """For what this step draws besides the model's own draws."""
+        return step_generator(self.passes + 1, device)
 
 
-class _Step(nn.Module):
-    """Everything that has to happen inside one DDP forward. ``module`` leads timm's ``unwrap_model`` to the model."""
+@dataclass(eq=False)
+class _Models:
+    """The model as it was given and as it is called (compiled, for one): no submodules of the task.
 
-    def __init__(self, model: nn.Module, compute: Callable[[nn.Module, Any, Any], dict[str, Tensor]]):
+    Until DDP wraps the step, the trainable module is the bare model, and only it is registered.
+    """
+
+    bare: nn.Module
+    called: nn.Module
+
+
+class _DistributedStep(nn.Module):
+    """Everything that has to happen inside one DDP forward. ``module`` leads timm's ``unwrap_model`` to the model.
+
+    DDP also averages the gradients of a criterion that is a module.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Any, compute: Callable[[Any, Any], dict[str, Any]]):
         super().__init__()
         self.module = model
-        self.__dict__["compute"] = compute
+        self.criterion = criterion
+        self.compute = compute
 
-    def forward(self, input: Any, target: Any) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = self.__dict__["compute"](self.module, input, target)
-        return result
+    def forward(self, input: Any, target: Any) -> dict[str, Any]:
+        return self.compute(input, target)
 
 
 @contextmanager

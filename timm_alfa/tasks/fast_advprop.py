@@ -51,7 +51,7 @@ class FastAdvPropTask(AuxTask):
     gradients, and once more for the weights'.
 
     Args:
-        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`~timm_alfa.tasks.base.PeerTask`.
+        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`~timm_alfa.tasks.base.PixelTask`.
         attack: Of one step, untargeted, usually from a uniform start.
         share: Of each batch that is attacked, between 0 and 1; rounded to at least one image and not all of them.
 
@@ -80,12 +80,13 @@ class FastAdvPropTask(AuxTask):
         )
         self.share = share
 
-    def compute(self, model: nn.Module, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def compute(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """A clean pass of the first images, the attack's pass and an adversarial pass of the last.
 
         Raises:
             ValueError: The batch has fewer than two images.
         """
+        model = self.models.called
         attacked = min(max(1, round(self.share * len(input))), len(input) - 1)
         if attacked < 1:
             raise ValueError(f"input: expected a batch of at least 2 images, found {len(input)}")

@@ -1,4 +1,4 @@
-"""Flags as data: a method lists its flags, and these functions add, check and fill them in."""
+"""Flags as data: a method lists its flags; parser, checks, arguments of its task and documentation follow from that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..sizes import Relative, parse_size
+from ..sizes import Relative, describe_size, parse_size
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Flag:
         nargs: As for argparse.
         expected: What a right value is, for the error; with ``valid``.
         valid: Whether a value is right.
+        group: Title in ``--help``; empty for the method's own.
+        only_with: A switch without which the flag has no effect.
+        argument: Of the method's task, which takes the value; empty if it is not passed on as it is.
+        source: Where the paper has it, such as ``alpha in Eq. 4``.
     """
 
     name: str
@@ -36,6 +40,20 @@ class Flag:
     nargs: str | None = None
     expected: str = ""
     valid: Callable[[Any], bool] = lambda value: True
+    group: str = ""
+    only_with: str = ""
+    argument: str = ""
+    source: str = ""
+
+    def text(self, value: Any) -> str:
+        """A value as one would type it."""
+        if value is None:
+            return "none"
+        if isinstance(value, (list, tuple)):
+            return " ".join(map(str, value))
+        if self.type is size and not isinstance(value, str):
+            return describe_size(value)
+        return f"{value:.4g}" if self.type is number else str(value)
 
 
 def number(text: str) -> float:
@@ -73,6 +91,11 @@ def above_zero(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
+def at_least_one(value: int) -> bool:
+    """1, 2, ..."""
+    return value >= 1
+
+
 def is_size_of_at_least_zero(value: float | str) -> bool:
     """A finite number that is not negative, or a share."""
     return isinstance(value, str) or at_least_zero(value)
@@ -108,24 +131,22 @@ def spell_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> li
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> None:
-    """Add a method's flags to a parser, in a group of their own."""
-    group = parser.add_argument_group(title)
+    """Add a method's flags to a parser, in groups of their own."""
+    groups: dict[str, Any] = {}
     for flag in flags:
+        name = flag.group or title
+        group = groups[name] if name in groups else groups.setdefault(name, parser.add_argument_group(name))
         if flag.type is bool:
             group.add_argument(flag_name(flag.name), action="store_true", default=False, help=flag.help)
             continue
-        is_number = flag.type in (number, size)
-        shown = "none" if flag.default is None else f"{flag.default:.4g}" if is_number else flag.default
-        shown = " ".join(shown) if isinstance(shown, list) else shown
-        metavar = None if flag.choices else flag.name.rpartition("_")[2].upper()
         group.add_argument(
             flag_name(flag.name),
             default=None,
             type=flag.type,
             choices=flag.choices,
             nargs=flag.nargs,
-            metavar=metavar,
-            help=f"{flag.help} (default: {shown})",
+            metavar=None if flag.choices else flag.name.rpartition("_")[2].upper(),
+            help=f"{flag.help} (default: {flag.text(flag.default)})",
         )
 
 
@@ -144,13 +165,23 @@ def refuse_flags(args: argparse.Namespace, flags: Sequence[Flag], needed: str) -
 
 
 def fill_flags(args: argparse.Namespace, flags: Sequence[Flag]) -> None:
-    """Put the defaults in, then raise ``UsageError`` for the first value that cannot be."""
+    """Put the defaults in, then raise ``UsageError`` for the first value that cannot be, or has no effect."""
+    for flag in flags:
+        value = getattr(args, flag.name)
+        # a default that is spelled out, as in the args.yaml of an earlier run, does no harm
+        if flag.only_with and value not in (None, flag.default) and not getattr(args, flag.only_with):
+            raise UsageError(f"{flag_text(flag.name, value)}: has no effect without {flag_name(flag.only_with)}")
     for flag in flags:
         if getattr(args, flag.name) is None:
             setattr(args, flag.name, flag.default)
         value = getattr(args, flag.name)
         if value is not None and not flag.valid(value):
             raise UsageError(f"{flag_text(flag.name, value)}: expected {flag.expected}")
+
+
+def settings(args: argparse.Namespace, flags: Sequence[Flag]) -> dict[str, Any]:
+    """The arguments of a method's task, from checked flags."""
+    return {flag.argument: getattr(args, flag.name) for flag in flags if flag.argument}
 
 
 def flag_text(name: str, value: Any) -> str:

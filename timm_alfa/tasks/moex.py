@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.loss import create_classification_loss
-from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from ..blocks.resolve import blank_input, resolve_blocks
+from ..engine.randomness import step_generator
 from ..engine.replay import changed_output
 from ..engine.trace import trace
 from ..errors import BlockError, UsageError
 from ..loss import scalar_loss
 from ..pgd import working_dtype
+from . import alfa
 from .alfa import AlfaTask
+from .base import MethodTask
 from .flags import Flag, number
 
 _logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ class Moex:
             device: Of the permutation.
         """
         self.steps += 1
-        generator = torch.Generator().manual_seed((torch.initial_seed() + 1_000_003 * self.steps) % 2**63)
+        generator = step_generator(self.steps)
         if torch.rand((), generator=generator).item() >= self.prob:
             return None
         return torch.randperm(batch_size, generator=generator).to(device)
@@ -164,6 +166,10 @@ class Moex:
             yield
         if not calls:
             raise BlockError(f"block {self.block!r} did not run in the model's forward; choose one that does")
+
+    def describe(self) -> str:
+        """Where and how often, for the log."""
+        return f"MoEx at {self.block}, lambda {self.lam:g}, in {self.prob:.0%} of the batches"
 
     def check(self, model: nn.Module, input_size: tuple[int, ...]) -> None:
         """Try it on blank images, before training starts.
@@ -206,22 +212,19 @@ class _Exchanging:
         """
         raise UsageError("does not go with MoEx, whose exchange compiled code would leave out; use one of the two")
 
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+    def method_state(self) -> dict[str, Any]:
         """The state of the task behind it, and how many batches were drawn for."""
-        state: dict[str, Any] = super().get_task_state(module, ema)  # type: ignore[misc]
-        return state if ema else {**state, "moex_steps": self.moex.steps}
+        state: dict[str, Any] = super().method_state()  # type: ignore[misc]
+        return {**state, "moex_steps": self.moex.steps}
 
-    def load_task_state(
-        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
-    ) -> None:
-        """Continue from :meth:`get_task_state`."""
-        super().load_task_state(state, strict, module, ema)  # type: ignore[misc]
-        if not ema and state:
-            self.moex.steps = int(state.get("moex_steps", 0))
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`method_state`."""
+        super().load_method_state(state)  # type: ignore[misc]
+        self.moex.steps = int(state.get("moex_steps", 0))
 
 
-class MoexTask(_Exchanging, ClassificationTask):  # type: ignore[misc]  # compile is a task's, not a module's
-    """timm's classification task with MoEx.
+class MoexTask(_Exchanging, MethodTask):  # type: ignore[misc]  # compile is a task's, not a module's
+    """Plain training with MoEx.
 
     Args:
         model: The model to train.
@@ -229,6 +232,8 @@ class MoexTask(_Exchanging, ClassificationTask):  # type: ignore[misc]  # compil
         moex: Of the model.
         device, dtype, verbose: As for timm's task.
     """
+
+    reported = ()
 
     def __init__(
         self,
@@ -243,7 +248,12 @@ class MoexTask(_Exchanging, ClassificationTask):  # type: ignore[misc]  # compil
         super().__init__(model, MoexCriterion(criterion), device=device, dtype=dtype, verbose=verbose)
         self.moex = moex
         if verbose:
-            _logger.info(f"MoEx at {moex.block}, lambda {moex.lam:g}, in {moex.prob:.0%} of the batches")
+            _logger.info(moex.describe())
+
+    def compute(self, input: Any, target: Any) -> dict[str, Any]:
+        """One pass."""
+        output = self.models.called(input)
+        return {"loss": scalar_loss(self.criterion, output, target), "output": output}
 
 
 class MoexAlfaTask(_Exchanging, AlfaTask):  # type: ignore[misc]  # as above
@@ -251,8 +261,7 @@ class MoexAlfaTask(_Exchanging, AlfaTask):  # type: ignore[misc]  # as above
 
     def summary_lines(self, input_size: tuple[int, ...] | None = None) -> list[str]:
         """ALFA's, and MoEx."""
-        head = f"MoEx at {self.moex.block}, lambda {self.moex.lam:g}, in {self.moex.prob:.0%} of the batches"
-        return [*super().summary_lines(input_size), head]
+        return [*super().summary_lines(input_size), self.moex.describe()]
 
 
 def create(args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int] | None) -> Moex:
@@ -280,3 +289,18 @@ def build(
 ) -> MoexTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
     return MoexTask(model, criterion, create(args, model, input_size), **common)
+
+
+def build_with_alfa(
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module | None,
+    *,
+    input_size: tuple[int, int, int] | None,
+    **common: Any,
+) -> MoexAlfaTask:
+    """ALFA's task with MoEx, for ``--alfa-blocks`` and ``--moex-block`` together."""
+    task = alfa.build(args, model, MoexCriterion(criterion), input_size=input_size, task_type=MoexAlfaTask, **common)
+    assert isinstance(task, MoexAlfaTask)
+    task.moex = create(args, model, input_size)
+    return task

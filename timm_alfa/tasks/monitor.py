@@ -2,58 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..engine.core import Engine
+from ..pgd import l2_norms, linf_norms
 from ..run_folder.eta_history import EtaHistory
 from ..utils.distributed import mean_over_ranks
-from ..wrapper import AlfaWrapper
 
 
-class Monitor:
-    """Collects on the device, so that no step waits; every readout is one transfer.
+class LossMonitor:
+    """Collects losses on the device, so that no step waits; every readout is one transfer.
 
     Args:
-        alfa: Whose blocks, eta and step count are shown.
+        names: Keys of a step's result, each a scalar; there may be none.
+        device: Of the processes' exchange, where nothing was measured.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = list(names)
+        self._device = device
+        self._losses = _Mean()
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """One training step."""
+        if self.names:
+            self._losses.add(torch.stack([result[name] for name in self.names]).float())
+
+    def text(self) -> str:
+        """The last step's losses, in brackets their averages since the last :meth:`take`."""
+        if self._losses.last is None:
+            return ""
+        last, mean = self._losses.last.tolist(), self._losses.value(len(self.names)).tolist()
+        titles = [name.removeprefix("loss_").capitalize() for name in self.names]
+        return "  ".join(f"{t}: {value:#.3g} ({m:#.3g})" for t, value, m in zip(titles, last, mean, strict=True))
+
+    def take(self) -> dict[str, float]:
+        """Averages since the last call, over all ranks; every rank has to call. NaN where nothing was measured."""
+        names, values = self._readings()
+        device = next((value.device for value in values if value.device.type != "cpu"), self._device)
+        mean = mean_over_ranks(torch.cat([value.to(device) for value in values]))
+        return dict(zip(names, mean.tolist(), strict=True))
+
+    def _readings(self) -> tuple[list[str], list[Tensor]]:
+        """Names and averages, which start anew."""
+        return list(self.names), [self._losses.take(len(self.names))]
+
+
+class FeatureMonitor(LossMonitor):
+    """Also per block: its adversarial loss, the size of its perturbation, and eta if it is learned.
+
+    Args:
+        names: Keys of a step's result, each a scalar.
+        device: Of the processes' exchange, where nothing was measured.
+        engine: Whose blocks, eta and step count are shown.
     """
 
     NORM_INTERVAL = 10
     """Norms of the perturbations are taken in every tenth step since the last :meth:`take`, from its first: they read
     every feature once more."""
 
-    def __init__(self, alfa: AlfaWrapper):
-        self.alfa = alfa
-        self._losses = _Mean()
-        self._by_block = {name: _Mean() for name in alfa.blocks}
-        self._norms = {name: _Mean() for name in alfa.blocks}
-        self.history = EtaHistory(alfa.blocks)
+    def __init__(self, names: Sequence[str], device: torch.device, engine: Engine):
+        super().__init__(names, device)
+        self.engine = engine
+        self._by_block = {block: _Mean() for block in engine.blocks}
+        self._norms = {block: _Mean() for block in engine.blocks}
+        self.history = EtaHistory(engine.blocks)
 
     @property
     def norms_due(self) -> bool:
         """Whether the next step is one whose norms are taken."""
         return self._losses.count % self.NORM_INTERVAL == 0
 
-    def add(self, result: Mapping[str, Any], observed: Mapping[str, Tensor]) -> None:
-        """One training step: the task's result, and [3] norms for some blocks."""
-        self._losses.add(torch.stack([result["loss_clean"], result["loss_adv"]]).float())
-        for name, loss in result["loss_adv_by_block"].items():
-            self._by_block[name].add(loss.float().reshape(1))
-        for name, norms in observed.items():
-            self._norms[name].add(norms)
+    def add(self, result: Mapping[str, Any]) -> None:
+        """One training step; ``observed`` has what :func:`norms` returned for some blocks."""
+        super().add(result)
+        for block, loss in result["loss_adv_by_block"].items():
+            self._by_block[block].add(loss.float().reshape(1))
+        for block, norms in result["observed"].items():
+            self._norms[block].add(norms)
         if "eta" in result:
-            self.history.add(self.alfa.passes, result["eta"])
+            self.history.add(self.engine.passes, result["eta"])
 
     def text(self) -> str:
-        """The last step's losses, in brackets their averages since the last :meth:`take`, and eta if it is learned."""
-        if self._losses.last is None:
-            return ""
-        last, mean = self._losses.last.tolist(), self._losses.value(2).tolist()
-        text = f"Clean: {last[0]:#.3g} ({mean[0]:#.3g})  Adv: {last[1]:#.3g} ({mean[1]:#.3g})"
-        if self.alfa.eta.learnable:
-            text += "  Eta: " + " ".join(f"{value:.4f}" for value in self.alfa.eta.values.tolist())
+        """The losses, and eta if it is learned."""
+        text = super().text()
+        if text and self.engine.eta.learnable:
+            text += "  Eta: " + " ".join(f"{value:.4f}" for value in self.engine.eta.values.tolist())
         return text
 
     def take(self) -> dict[str, float]:
@@ -64,34 +102,36 @@ class Monitor:
             ``delta_linf_<block>`` (means over images) and ``delta_ratio_<block>`` (rms(delta) / rms(f)); for L-ALFA
             ``eta_<block>``. Always the same keys; NaN where nothing was measured.
         """
-        names, values = ["loss_clean", "loss_adv"], [self._losses.value(2)]
-        several = len(self.alfa.blocks) > 1
-        for name in self.alfa.blocks:
-            if several:
-                names.append(f"loss_adv_{name}")
-                values.append(self._by_block[name].value(1))
-            names += [f"delta_l2_{name}", f"delta_linf_{name}", f"delta_ratio_{name}"]
-            values.append(self._norms[name].value(3))
-        device = self.alfa.eta.values.device
-        mean = mean_over_ranks(torch.cat([value.to(device) for value in values]))
-        for average in (self._losses, *self._by_block.values(), *self._norms.values()):
-            average.clear()
-        metrics = dict(zip(names, mean.tolist(), strict=True))
-        if self.alfa.eta.learnable:
-            metrics |= {
-                f"eta_{name}": value
-                for name, value in zip(self.alfa.blocks, self.alfa.eta.values.tolist(), strict=True)
-            }
+        metrics = super().take()
+        if self.engine.eta.learnable:
+            values = self.engine.eta.values.tolist()
+            metrics |= {f"eta_{block}": value for block, value in zip(self.engine.blocks, values, strict=True)}
         return metrics
+
+    def _readings(self) -> tuple[list[str], list[Tensor]]:
+        names, values = super()._readings()
+        for block in self.engine.blocks:
+            by_block = self._by_block[block].take(1)
+            if len(self.engine.blocks) > 1:
+                names.append(f"loss_adv_{block}")
+                values.append(by_block)
+            names += [f"delta_l2_{block}", f"delta_linf_{block}", f"delta_ratio_{block}"]
+            values.append(self._norms[block].take(3))
+        return names, values
+
+
+def norms(delta: Sequence[Tensor], feature: Sequence[Tensor]) -> Tensor:
+    """[3]: mean over the batch of ||delta||_2 and ||delta||_inf, and rms(delta) / rms(f)."""
+    l2 = l2_norms(delta)
+    total = torch.stack([part.detach().float().square().sum() for part in feature]).sum()
+    ratio = l2.square().sum().sqrt() / total.sqrt()
+    return torch.stack([l2.mean(), linf_norms(delta).mean(), ratio.to(l2)]).float()
 
 
 class _Mean:
     """A running mean of vectors."""
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
         self.total: Tensor | None = None
         self.last: Tensor | None = None
         self.count = 0
@@ -103,3 +143,10 @@ class _Mean:
 
     def value(self, size: int) -> Tensor:
         return torch.full((size,), torch.nan) if self.total is None else self.total / self.count
+
+    def take(self, size: int) -> Tensor:
+        """The mean, and start anew."""
+        value = self.value(size)
+        self.total = self.last = None
+        self.count = 0
+        return value

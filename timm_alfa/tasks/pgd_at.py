@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..loss import scalar_loss
 from ..pgd import INITS
-from .base import PeerTask
+from .base import PixelTask
 from .flags import Flag, above_zero, at_least_zero, number
 from .pixels import PixelAttack
 
@@ -31,14 +31,14 @@ FLAGS = (
 )
 
 
-class PgdTask(PeerTask):
+class PgdTask(PixelTask):
     """crit(model(x_adv), y), where x_adv maximises it within eps of x.
 
     The attack runs in training mode, with the batch's statistics and the dropout masks of the pass that trains; running
     statistics and the random state move with that pass alone.
 
     Args:
-        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`PeerTask`.
+        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`PixelTask`.
         attack: Of the images.
     """
 
@@ -60,8 +60,9 @@ class PgdTask(PeerTask):
         )
         self.attack = attack
 
-    def compute(self, model: nn.Module, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def compute(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Attack, then one pass; ``output`` is that of the perturbed images, there is no clean pass."""
+        model = self.models.called
         start = self.random_state(input)
         with start.left_as_is(), self.statistics.kept():
             perturbed = self.attack(model, self.criterion, input, target, self.generator(input.device), start)

@@ -1,50 +1,53 @@
-"""``--method`` and the ``--alfa-*`` flags: add them to any parser, check what came, build the task."""
+"""``--method`` and every method's flags: add them to any parser, check what came, build the task.
+
+To add a method, write a file like its neighbours (``FLAGS``, a :class:`~timm_alfa.tasks.base.MethodTask`, ``build``)
+and a line in :data:`METHODS`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from timm.task import ClassificationTask
 from torch import nn
 
 from ..blocks.resolve import format_blocks, list_blocks, resolve_blocks
-from ..engine.batchnorm import BATCH_NORM_MODES
 from ..errors import BlockError, UsageError
-from ..eta import ETA_SETS
-from ..loss import REDUCTIONS
-from ..pgd import INITS, NORMS
-from ..wrapper import GRADIENTS
-from . import methods as peers
-from . import moex
-from .alfa import AlfaTask
-from .flags import flag_name, is_size_above_zero, is_size_of_at_least_zero, number, size
+from . import advprop, alfa, fast_advprop, moex, noise, pgd_at
+from .flags import Flag, add_flags, fill_flags, flag_text, refuse_flags
 
-METHODS = ("standard", "alfa", *peers.METHODS)
 
-# What a flag means when it is left out. The parser's own defaults are None, so that a flag without effect is noticed.
-DEFAULTS: dict[str, Any] = {
-    "alfa_alpha": 0.5 / 255,
-    "alfa_steps": 1,
-    "alfa_eps": None,
-    "alfa_norm": "linf",
-    "alfa_init": "zero",
-    "alfa_lambda": 1.0,
-    "alfa_reduction": "sum",
-    "alfa_grad": "full",
-    "alfa_bn": "clean",
-    "alfa_sample_blocks": None,
-    "alfa_gamma": 0.0,
-    "alfa_eta_lr": 0.01,
-    "alfa_eta_set": "hyperplane",
+class Method(NamedTuple):
+    """A value of ``--method``.
+
+    Attributes:
+        title: Of its group of flags.
+        flags: Its flags.
+        build: (args, model, criterion, input_size=, device=, dtype=, verbose=) -> task.
+        switch: What gives its flags an effect, besides ``--method``.
+    """
+
+    title: str
+    flags: Sequence[Flag]
+    build: Callable[..., ClassificationTask]
+    switch: str = ""
+
+
+METHODS: dict[str, Method] = {
+    "alfa": Method("ALFA", alfa.FLAGS, alfa.build, "--alfa-blocks; name blocks, such as --alfa-blocks @last"),
+    "advprop": Method("AdvProp: perturbed pixels, auxiliary batch norms", advprop.FLAGS, advprop.build),
+    "fast-advprop": Method("Fast AdvProp: a part of the batch is attacked", fast_advprop.FLAGS, fast_advprop.build),
+    "noise": Method("Random noise on features", noise.FLAGS, noise.build),
+    "moex": Method("MoEx: exchanged moments", moex.FLAGS, moex.build, "--moex-block"),
+    "pgd-at": Method("PGD adversarial training", pgd_at.FLAGS, pgd_at.build),
 }
-LEARNING = ("alfa_gamma", "alfa_eta_lr", "alfa_eta_set")  # without effect unless eta is learned
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> None:
-    """Add the method and its flags, in groups of their own.
+    """Add the method and all methods' flags, in groups of their own.
 
     Args:
         parser: Any parser.
@@ -54,18 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> 
     group.add_argument(
         "--method",
         default=None,
-        choices=METHODS,
+        choices=("standard", *METHODS),
         help="what to train with (default: standard, or alfa where --alfa-blocks is given)",
     )
-    group = parser.add_argument_group("ALFA: which features")
-    group.add_argument(
-        "--alfa-blocks",
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help="blocks whose outputs are perturbed; switches ALFA on. Names, globs such as 'blocks.*', @last or @stages",
-    )
+    for method in METHODS.values():
+        add_flags(parser, method.title, method.flags)
     if previews:
+        group = parser.add_argument_group("ALFA: before training")
         group.add_argument(
             "--alfa-list-blocks",
             action="store_true",
@@ -78,97 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, previews: bool = True) -> 
             default=False,
             help="resolve everything, run one step, print blocks, shapes and the cost, and exit",
         )
-    group = parser.add_argument_group("ALFA: the attack")
-    group.add_argument(
-        "--alfa-alpha",
-        type=size,
-        default=None,
-        metavar="A",
-        help="step size in feature units, such as 0.002 or 0.5/255, or as a share of the feature's rms, "
-        "such as 2%% (default: 0.5/255)",
-    )
-    group.add_argument(
-        "--alfa-steps",
-        type=int,
-        default=None,
-        metavar="K",
-        help="steps of the attack; the first is nearly free (default: 1)",
-    )
-    group.add_argument(
-        "--alfa-eps",
-        type=size,
-        default=None,
-        metavar="E",
-        help="bound on the perturbation's norm, a number or a share as above (default: none)",
-    )
-    group.add_argument(
-        "--alfa-norm",
-        default=None,
-        choices=NORMS,
-        help="sign of the gradient, or the gradient over its l2 norm (default: linf)",
-    )
-    group.add_argument(
-        "--alfa-init",
-        default=None,
-        choices=INITS,
-        help="where the perturbation starts; uniform needs --alfa-eps (default: zero)",
-    )
-    group = parser.add_argument_group("ALFA: the objective")
-    group.add_argument(
-        "--alfa-lambda", type=number, default=None, metavar="L", help="weight of the adversarial losses (default: 1)"
-    )
-    group.add_argument(
-        "--alfa-reduction",
-        default=None,
-        choices=REDUCTIONS,
-        help="add the adversarial losses, or average them with the clean one (default: sum)",
-    )
-    group.add_argument(
-        "--alfa-grad",
-        default=None,
-        choices=GRADIENTS,
-        help="whether adversarial losses also train the layers before their block (default: full)",
-    )
-    group.add_argument(
-        "--alfa-bn",
-        default=None,
-        choices=BATCH_NORM_MODES,
-        help="whether adversarial passes move the running statistics too (shared), or have batch norms "
-        "of their own (aux; default: clean, neither)",
-    )
-    group = parser.add_argument_group("L-ALFA: learned strengths")
-    group.add_argument(
-        "--alfa-learnable", action="store_true", default=False, help="learn how strongly each block is perturbed (eta)"
-    )
-    group.add_argument(
-        "--alfa-gamma",
-        type=number,
-        default=None,
-        metavar="G",
-        help="weight of the l1 norm of eta; the paper tunes it in 0.5, 1, 2 (default: 0)",
-    )
-    group.add_argument(
-        "--alfa-eta-lr", type=number, default=None, metavar="LR", help="learning rate of eta, constant (default: 0.01)"
-    )
-    group.add_argument(
-        "--alfa-eta-set",
-        default=None,
-        choices=ETA_SETS,
-        help="where eta lives: sum 1, or sum 1 and no negative entry (default: hyperplane)",
-    )
-    group.add_argument(
-        "--alfa-sample-blocks",
-        type=int,
-        default=None,
-        metavar="N",
-        help="perturb N of the blocks per step, drawn at random and weighted accordingly (default: all)",
-    )
-    peers.add_arguments(parser)
 
 
-def is_enabled(args: argparse.Namespace) -> bool:
-    """Whether these arguments, checked before, train with ALFA."""
-    return args.method == "alfa"
+def defaults() -> dict[str, Any]:
+    """Every flag's value where it is left out though its method is on."""
+    return {flag.name: flag.default for method in METHODS.values() for flag in method.flags}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -177,48 +89,28 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: Naming the flag, its value, and what would be right.
     """
-    given = [name for name in DEFAULTS if getattr(args, name) is not None]
     if args.method is None:
-        implied = "standard" if args.moex_block is None else "moex"
-        args.method = implied if args.alfa_blocks is None else "alfa"
-    peers.check_arguments(args)
-    if args.method != "alfa":
-        if args.alfa_learnable:
-            raise UsageError("--alfa-learnable: has no effect without --alfa-blocks; name blocks, such as @stages")
-        if args.alfa_blocks is not None:
-            raise UsageError(
-                f"--alfa-blocks {' '.join(args.alfa_blocks)}: has no effect with --method {args.method}; "
-                "use --method alfa"
-            )
-        if given:
-            raise UsageError(
-                f"{flag_name(given[0])} {getattr(args, given[0])}: has no effect without --alfa-blocks; "
-                "name blocks, such as --alfa-blocks @last"
-            )
-        return
-    # a default that is spelled out, as in the args.yaml of an earlier run, does no harm
-    useless = [name for name in LEARNING if name in given and getattr(args, name) != DEFAULTS[name]]
-    if useless and not args.alfa_learnable:
-        raise UsageError(f"{flag_name(useless[0])} {getattr(args, useless[0])}: has no effect without --alfa-learnable")
-    if args.alfa_blocks is None:
-        args.alfa_blocks = ["@last"]
-    for name, default in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    _expect(args, "alfa_alpha", "a finite step size above 0, such as 0.5/255 or 2%", is_size_above_zero)
-    _expect(args, "alfa_steps", "a whole number of at least 1", lambda v: v >= 1)
-    _expect(
-        args,
-        "alfa_eps",
-        "a finite bound of at least 0, or a share such as 8%",
-        lambda v: v is None or is_size_of_at_least_zero(v),
-    )
-    _expect(args, "alfa_lambda", "a finite weight of at least 0", lambda v: math.isfinite(v) and v >= 0)
-    _expect(args, "alfa_gamma", "a finite weight of at least 0", lambda v: math.isfinite(v) and v >= 0)
-    _expect(args, "alfa_eta_lr", "a finite learning rate above 0", lambda v: math.isfinite(v) and v > 0)
-    _expect(args, "alfa_sample_blocks", "a whole number of at least 1", lambda v: v is None or v >= 1)
-    if args.alfa_init == "uniform" and args.alfa_eps is None:
-        raise UsageError("--alfa-init uniform: starts within a bound; give one with --alfa-eps")
+        args.method = "alfa" if args.alfa_blocks is not None else "moex" if args.moex_block is not None else "standard"
+    if args.alfa_blocks is not None and args.method != "alfa":
+        raise UsageError(
+            f"{flag_text('alfa_blocks', args.alfa_blocks)}: has no effect with --method {args.method}; "
+            "use --method alfa"
+        )
+    for name, method in METHODS.items():
+        with_alfa = name == "moex" and args.method == "alfa" and args.moex_block is not None
+        if name == args.method or with_alfa:
+            fill_flags(args, method.flags)
+        else:
+            refuse_flags(args, method.flags, method.switch or f"--method {name}")
+    if args.method == "alfa":
+        alfa.check_arguments(args)
+    if args.method == "moex" and args.moex_block is None:
+        raise UsageError("--method moex: needs --moex-block, the block whose output exchanges moments, such as maxpool")
+
+
+def is_enabled(args: argparse.Namespace) -> bool:
+    """Whether these arguments, checked before, train with ALFA."""
+    return args.method == "alfa"
 
 
 def create_task(
@@ -243,52 +135,14 @@ def create_task(
         input_size: [C, H, W] of what the model will see; with it every block is also tried out, before training starts.
 
     Raises:
-        UsageError: A block does not resolve or cannot be perturbed.
+        UsageError: The method does not go with the model, a block does not resolve or cannot be perturbed.
     """
-    if args.method in peers.METHODS:
-        return peers.create_task(
-            args, model, criterion, device=device, dtype=dtype, verbose=verbose, input_size=input_size
-        )
-    if not is_enabled(args):
+    if args.method == "standard":
         return ClassificationTask(model, criterion, device=device, dtype=dtype, verbose=verbose)
-    try:
-        blocks = list(resolve_blocks(model, args.alfa_blocks))
-        if args.alfa_sample_blocks is not None and args.alfa_sample_blocks > len(blocks):
-            raise UsageError(
-                f"--alfa-sample-blocks {args.alfa_sample_blocks}: expected at most the number of blocks, "
-                f"{len(blocks)} ({', '.join(blocks)})"
-            )
-        task_type = AlfaTask if args.moex_block is None else moex.MoexAlfaTask
-        task = task_type(
-            model,
-            criterion if args.moex_block is None else moex.MoexCriterion(criterion),
-            blocks,
-            alpha=args.alfa_alpha,
-            steps=args.alfa_steps,
-            eps=args.alfa_eps,
-            norm=args.alfa_norm,
-            init=args.alfa_init,
-            grad=args.alfa_grad,
-            bn=args.alfa_bn,
-            lam=args.alfa_lambda,
-            reduction=args.alfa_reduction,
-            gamma=args.alfa_gamma,
-            learnable=args.alfa_learnable,
-            eta_set=args.alfa_eta_set,
-            eta_lr=args.alfa_eta_lr,
-            sample_blocks=args.alfa_sample_blocks,
-            seed=getattr(args, "seed", 0),
-            device=device,
-            dtype=dtype,
-            verbose=verbose,
-        )
-        if input_size is not None:
-            task.alfa.check_blocks(input_size)
-    except BlockError as error:
-        raise UsageError(f"--alfa-blocks {' '.join(args.alfa_blocks)}: {error}") from None
-    if isinstance(task, moex.MoexAlfaTask):
-        task.moex = moex.create(args, model, input_size)
-    return task
+    build = METHODS[args.method].build
+    if args.method == "alfa" and args.moex_block is not None:
+        build = moex.build_with_alfa
+    return build(args, model, criterion, input_size=input_size, device=device, dtype=dtype, verbose=verbose)
 
 
 def describe_blocks(
@@ -308,9 +162,3 @@ def describe_blocks(
     ]
     legend = "* a stage of the backbone: @stages, the last of them @last. Modules deeper inside can be named too."
     return f"{format_blocks(infos, marked)}\n{legend}"
-
-
-def _expect(args: argparse.Namespace, name: str, expected: str, holds: Any) -> None:
-    value = getattr(args, name)
-    if not holds(value):
-        raise UsageError(f"{flag_name(name)} {value}: expected {expected}")

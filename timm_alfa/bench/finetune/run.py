@@ -209,26 +209,12 @@ class Trainer:
 
 def _backward(arm: Arm, model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
     """A step's forward and backward passes; returns the loss."""
+    common: Any = {"reduction": arm.reduction, "verbose": False}
     if arm.method == "alfa":
-        task: Any = AlfaTask(
-            model,
-            criterion,
-            arm.block,
-            alpha=arm.alpha,
-            steps=arm.steps,
-            norm=arm.norm,  # type: ignore[arg-type]
-            reduction=arm.reduction,
-            verbose=False,  # type: ignore[arg-type]
-        )
+        norm: Any = arm.norm
+        task: Any = AlfaTask(model, criterion, arm.block, alpha=arm.alpha, steps=arm.steps, norm=norm, **common)
     elif arm.method == "noise":
-        task = NoiseTask(
-            model,
-            criterion,
-            arm.block,
-            sigma=arm.alpha,
-            reduction=arm.reduction,  # type: ignore[arg-type]
-            verbose=False,
-        )
+        task = NoiseTask(model, criterion, arm.block, sigma=arm.alpha, **common)
     else:
         task = None
 

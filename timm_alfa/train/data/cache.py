@@ -86,9 +86,8 @@ class CachedLoader:
         self.augment = augment
         self.images, self.targets = read_images(loader.dataset, loader.loader.num_workers)
         # a loader of numbers, so that the order is drawn as the loader of images draws it
-        self.indices: Any = DataLoader(
-            range(len(self.images)), batch_sampler=loader.batch_sampler, collate_fn=torch.tensor
-        )  # type: ignore[arg-type]
+        numbers: Any = range(len(self.images))
+        self.indices: Any = DataLoader(numbers, batch_sampler=loader.batch_sampler, collate_fn=torch.tensor)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         source = self.loader

@@ -1,0 +1,293 @@
+"""The parts of a training step: clean pass, first gradients, perturbations, adversarial outputs. Each is here once.
+
+Two fronts put them together. :class:`~timm_alfa.AlfaWrapper` leaves everything in one autograd graph, for loops that
+call ``loss.backward()`` themselves. :class:`~timm_alfa.AlfaTask` differentiates and frees tail by tail, see
+:mod:`timm_alfa.engine.tail_by_tail`: less time and memory, but nothing is left to differentiate once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..blocks.resolve import blank_input, resolve_blocks
+from ..errors import BlockError
+from ..eta import Eta
+from ..loss import scalar_loss
+from ..perturbation import Perturbation
+from .aux_batchnorm import AuxBatchNorms, norms_behind
+from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
+from .compiler import is_compiled
+from .float16 import attack_gradients
+from .random_sources import random_sources
+from .randomness import RandomState
+from .replay import Feature, Recording, Replay, random_devices
+from .trace import evaluating
+
+Gradient = Literal["full", "tail"]
+GRADIENTS: tuple[Gradient, ...] = ("full", "tail")
+
+
+class Engine:
+    """Records clean passes of a model, perturbs the features of some blocks, and replays their tails.
+
+    Args:
+        model: Any module; its parameters and structure stay as they are.
+        criterion: (output, target) -> scalar, the loss that the perturbation raises.
+        blocks: Whose outputs to perturb, see :func:`~timm_alfa.resolve_blocks`.
+        perturbation: What finds delta.
+        grad: ``"full"``: adversarial losses also train what comes before the block. ``"tail"``: they do not.
+        bn: Which passes move running statistics, see :class:`~timm_alfa.AlfaWrapper`.
+        eta: Block names -> their strengths.
+
+    Raises:
+        ValueError: An argument is out of its range, or the model is compiled or distributed already.
+        TypeError: The criterion cannot be called. BlockError: A block does not resolve.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor],
+        blocks: str | Sequence[str],
+        perturbation: Perturbation,
+        *,
+        grad: Gradient = "full",
+        bn: BatchNormMode = "clean",
+        eta: Callable[[list[str]], Eta] = Eta,
+    ):
+        _check_model(model)
+        if not callable(criterion):
+            raise TypeError(f"criterion: expected something to call with (output, target), found {criterion!r}")
+        for name, value, choices in (("grad", grad, GRADIENTS), ("bn", bn, BATCH_NORM_MODES)):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+        modules = resolve_blocks(model, blocks)
+        self.model = model
+        self.criterion = criterion
+        self.blocks = list(modules)
+        self.perturbation = perturbation
+        self.grad: Gradient = grad
+        self.bn: BatchNormMode = bn
+        self.eta = eta(self.blocks)
+        self.passes = 0  # training steps made
+        self.aux = AuxBatchNorms(model) if bn == "aux" else None
+        self._aux_checked = False
+        self._replay: Replay | None = Replay(model, modules)
+        self._statistics = Statistics(model)
+
+    @property
+    def starts_from_clean(self) -> bool:
+        """Whether the first step of an attack takes its gradient from the clean pass: delta = 0 must be that pass."""
+        return self.perturbation.starts_from_clean and self.aux is None
+
+    def record(self, input: Any, *, cut: Collection[str] = ()) -> Recording:
+        """The clean pass.
+
+        Args:
+            input: What the model takes, [B, ...].
+            cut: Blocks at which the graph is cut.
+        """
+        replay = self._active_replay()
+        if self.aux is not None and not self._aux_checked:
+            norms_behind(self.model, self.blocks, input)
+            self._aux_checked = True
+        with self._statistics.observed():
+            recording = replay.record((input,), cut=cut)
+        self.eta.to(next(iter(recording.features.values())).tensors[0].device)
+        self.passes += 1
+        return recording
+
+    @contextmanager
+    def adversarial_pass(self, recording: Recording) -> Iterator[None]:
+        """Around attacks and adversarial outputs: keeps the random state, and the statistics if ``bn`` says so.
+
+        Args:
+            recording: Of the clean pass.
+        """
+        with recording.end.left_as_is():
+            if self.aux is not None:
+                with self.aux.active(), self._statistics.kept_outside_batch_norms():
+                    yield
+            else:
+                with self._statistics.kept() if self.bn == "clean" else nullcontext():
+                    yield
+
+    def without_side_effects(self) -> AbstractContextManager[None]:
+        """Around a backward through the clean graph that a plain step does not make."""
+        return self._statistics.kept_in_recomputation() if self.bn != "shared" else nullcontext()
+
+    def clean_gradients(self, recording: Recording, target: Any) -> dict[str, list[Tensor]]:
+        """d crit(model(x), y) / d f_i for every block at once: the gradient of the first step, as delta starts at 0.
+
+        Args:
+            recording: Of the clean pass.
+            target: What the criterion takes.
+
+        Returns:
+            By block, one gradient per floating-point tensor of its feature; empty unless :attr:`starts_from_clean`.
+
+        Raises:
+            BlockError: A block has no influence on the loss.
+        """
+        if not self.starts_from_clean:
+            return {}
+        tensors = [tensor for feature in recording.features.values() for tensor in feature.tensors]
+        gradients = iter(self._gradient(recording.output, target, tensors, tensors, retain_graph=True))
+        return {
+            block: gradients_or_zeros(block, [next(gradients) for _ in feature.tensors], feature.tensors)
+            for block, feature in recording.features.items()
+        }
+
+    def find_delta(
+        self,
+        recording: Recording,
+        block: str,
+        target: Any,
+        first_gradient: Sequence[Tensor] | None = None,
+        note: Callable[[Sequence[Tensor]], object] | None = None,
+    ) -> list[Tensor]:
+        """The perturbation of one block.
+
+        Args:
+            recording: Of the clean pass.
+            block: Its name.
+            target: What the criterion takes.
+            first_gradient: The gradient at delta = 0, if it is known; else every step is a tail replay.
+            note: Called with every gradient that delta follows.
+
+        Returns:
+            One tensor per floating-point tensor of the feature, detached, at least float32.
+        """
+        feature = recording.features[block]
+
+        def gradient_at(delta: list[Tensor]) -> list[Tensor]:
+            leaves = [part.detach().requires_grad_() for part in delta]
+            value = feature.rebuild(_add(feature, [tensor.detach() for tensor in feature.tensors], leaves))
+            output = self._active_replay().replay(recording, block, value, detach=True)
+            found = gradients_or_zeros(block, self._gradient(output, target, leaves, feature.tensors), leaves)
+            if note is not None:
+                note(found)
+            return found
+
+        if first_gradient is not None and note is not None:
+            note(first_gradient)
+        with self._statistics.kept() if self.aux is not None else nullcontext():  # only what is trained on counts
+            return self.perturbation.find(
+                feature.tensors, gradient_at, first_gradient, step=self.passes, index=self.blocks.index(block)
+            )
+
+    def adversarial_output(self, recording: Recording, block: str, delta: Sequence[Tensor]) -> Any:
+        """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i.
+
+        Args:
+            recording: Of the clean pass.
+            block: Its name.
+            delta: What :meth:`find_delta` returned.
+        """
+        feature = recording.features[block]
+        tensors = feature.tensors if self.grad == "full" else [tensor.detach() for tensor in feature.tensors]
+        return self.replay(recording, block, feature.rebuild(self.perturbed(block, feature, tensors, delta)))
+
+    def perturbed(
+        self, block: str, feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """f_i + eta_i * delta_i.
+
+        Args:
+            block: Its name.
+            feature: Its output.
+            tensors: The floating-point tensors of it, each [B, ...], as they are or detached.
+            delta: One tensor of the same shape for each.
+        """
+        if self.eta.learnable:
+            strength = self.eta.values[self.blocks.index(block)]
+            delta = [strength.to(part.dtype) * part for part in delta]
+        return _add(feature, tensors, delta)
+
+    def replay(self, recording: Recording, block: str, value: Any) -> Any:
+        """T_i(value): only the tail of the block computes.
+
+        Args:
+            recording: Of the clean pass.
+            block: Its name.
+            value: What it returns, nested as in the clean pass.
+        """
+        return self._active_replay().replay(recording, block, value)
+
+    def check_blocks(self, input_size: tuple[int, ...]) -> None:
+        """Try the blocks out on two blank inputs, before training starts; nothing of the model moves.
+
+        Args:
+            input_size: Shape of one input, [C, H, W].
+
+        Raises:
+            BlockError: A block that runs several times per forward, not at all, or that cannot be perturbed.
+        """
+        trial = Replay(self.model, resolve_blocks(self.model, self.blocks))
+        start = RandomState.capture(random_devices(self.model, ()), random_sources(self.model))
+        with start.left_as_is(), evaluating(self.model), torch.enable_grad():
+            recording = trial.record((blank_input(self.model, input_size, batch_size=2),))
+            for block, feature in recording.features.items():
+                trial.replay(recording, block, feature.rebuild(feature.tensors))
+        if self.aux is not None:
+            self.aux.keep_only(norms_behind(self.model, self.blocks, blank_input(self.model, input_size)))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model's parts between and after the blocks; arguments are those of ``torch.compile``.
+
+        Raises:
+            ValueError: They make CUDA graphs (modes ``reduce-overhead`` and ``max-autotune``, on a CUDA device).
+        """
+        self._active_replay().compile(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Take everything off the model. May be called again."""
+        self._replay = None
+        if self.aux is not None:
+            self.aux.remove()
+
+    def _active_replay(self) -> Replay:
+        if self._replay is None:
+            raise RuntimeError("this AlfaWrapper was removed from its model; build a new one")
+        return self._replay
+
+    def _gradient(
+        self, output: Any, target: Any, inputs: Sequence[Tensor], features: Sequence[Tensor], retain_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        loss = scalar_loss(self.criterion, output, target)
+        return attack_gradients(loss, inputs, (output, features), retain_graph=retain_graph)
+
+
+def _add(feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
+    """f + delta in the precision of delta. Under autocast it stays there, where rounding to bfloat16 would lose it."""
+    sums = [tensor + part for tensor, part in zip(tensors, delta, strict=True)]
+    if feature.autocast:
+        return sums
+    return [total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)]
+
+
+def gradients_or_zeros(block: str, gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A block's gradients, with zeros where one of its tensors leads nowhere.
+
+    Raises:
+        BlockError: None of them reaches the loss.
+    """
+    if all(gradient is None for gradient in gradients):
+        raise BlockError(f"block {block!r} has no influence on the loss; choose one that the output depends on")
+    return [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for gradient, tensor in zip(gradients, tensors, strict=True)
+    ]
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model: wrap the AlfaWrapper in DistributedDataParallel, not the model inside it")
+    if is_compiled(model):
+        raise ValueError("model: pass the model as it was before torch.compile, then call AlfaWrapper.compile()")

@@ -1,0 +1,165 @@
+"""What is added to a feature: delta of PGD (Eq. 4), or Gaussian noise.
+
+A perturbation is a strategy: the engine hands it a block's feature and a function that gives the loss's gradient at a
+delta, and gets delta back. A new one needs nothing else, see :class:`Perturbation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from . import pgd
+from .engine.randomness import step_generator
+from .pgd import INITS, NORMS, Init, Norm
+from .sizes import Relative, Size, checked_size, describe_size, parse_size
+
+GradientAt: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+
+
+class Perturbation(Protocol):
+    """Finds delta for one block."""
+
+    @property
+    def starts_from_clean(self) -> bool:
+        """Whether its first gradient is that of the clean pass, which costs no tail replay."""
+        ...
+
+    def find(
+        self,
+        feature: Sequence[Tensor],
+        gradient_at: GradientAt,
+        first_gradient: Sequence[Tensor] | None,
+        *,
+        step: int,
+        index: int,
+    ) -> list[Tensor]:
+        """Delta, one detached tensor for each of the feature, at least float32.
+
+        Args:
+            feature: The block's floating-point tensors, [B, ...] each.
+            gradient_at: d crit(T_i(f_i + delta), y) / d delta, by one tail replay.
+            first_gradient: The same at delta = 0, where it is known.
+            step: Training step, counted from 1: random draws differ from step to step.
+            index: Of the block among the perturbed ones.
+        """
+        ...
+
+    def describe(self) -> str:
+        """In a few words, for the log."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pgd:
+    """``steps`` times Eq. 4: delta <- Proj[delta + alpha * sgn(g)].
+
+    Attributes:
+        alpha: Step size, above 0, in units of the feature, or a share of it such as ``"2%"``.
+        steps: K, at least 1.
+        eps: Radius of the ball that delta stays in, at least 0, a number or a share; ``None`` for no bound.
+        norm: ``"linf"`` steps along sgn(g), ``"l2"`` along g / ||g||_2 per sample; also the norm of the ball.
+        init: Delta starts at 0 (``"zero"``), or uniform in [-eps, eps] (``"uniform"``).
+
+    Raises:
+        ValueError, TypeError: One is out of its range.
+    """
+
+    alpha: Size | str = 0.5 / 255
+    steps: int = 1
+    eps: Size | str | None = None
+    norm: Norm = "linf"
+    init: Init = "zero"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps: expected a whole number of at least 1, found {self.steps}")
+        if self.init == "uniform" and self.eps is None:
+            raise ValueError("init: 'uniform' starts in [-eps, eps] and needs eps, found eps=None")
+        expected = "a finite step size above 0, such as 0.5/255"
+        object.__setattr__(self, "alpha", checked_size("alpha", self.alpha, expected, positive=True))
+        if self.eps is not None:
+            expected = "a finite radius of at least 0, or None for no bound"
+            object.__setattr__(self, "eps", checked_size("eps", self.eps, expected))
+        if self.norm not in NORMS:
+            raise ValueError(f"norm: expected one of {', '.join(NORMS)}, found {self.norm!r}")
+        if self.init not in INITS:
+            raise ValueError(f"init: expected one of {', '.join(INITS)}, found {self.init!r}")
+
+    @property
+    def starts_from_clean(self) -> bool:
+        """From 0, the clean pass has the first gradient."""
+        return self.init == "zero"
+
+    def find(
+        self,
+        feature: Sequence[Tensor],
+        gradient_at: GradientAt,
+        first_gradient: Sequence[Tensor] | None,
+        *,
+        step: int,
+        index: int,
+    ) -> list[Tensor]:
+        """Delta after K steps; finite, whatever the gradients are. See :meth:`Perturbation.find`."""
+        alpha = pgd.absolute(parse_size(self.alpha), feature)
+        eps = None if self.eps is None else pgd.absolute(parse_size(self.eps), feature)
+        if first_gradient is not None:
+            delta = pgd.pgd_step(None, first_gradient, alpha=alpha, norm=self.norm, eps=eps)
+        elif self.init == "uniform":
+            assert eps is not None
+            delta = pgd.uniform(feature, eps, step_generator(step, feature[0].device))
+        else:
+            delta = pgd.zeros(feature)
+        steps = self.steps - (first_gradient is not None)
+        return pgd.pgd(gradient_at, delta, steps=steps, alpha=alpha, norm=self.norm, eps=eps)
+
+    def describe(self) -> str:
+        """Steps, step size, norm and bound."""
+        bound = "unbounded"
+        if self.eps is not None:
+            bound = f"eps {self.eps}" if isinstance(self.eps, Relative) else f"eps {self.eps:.4g}"
+        return f"PGD-{self.steps}, alpha {describe_size(parse_size(self.alpha))}, {self.norm}, {bound}"
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(0, sigma^2), drawn anew in every step and for every block; the global random state stays as it is.
+
+    Attributes:
+        sigma: Standard deviation, at least 0, in units of the feature, or a share of its rms such as ``"2%"``.
+
+    Raises:
+        ValueError, TypeError: It is out of its range.
+    """
+
+    sigma: Size | str = 0.5 / 255
+
+    def __post_init__(self) -> None:
+        size = checked_size("sigma", self.sigma, "a finite standard deviation of at least 0")
+        object.__setattr__(self, "sigma", size)
+
+    @property
+    def starts_from_clean(self) -> bool:
+        """Noise needs no gradient."""
+        return False
+
+    def find(
+        self,
+        feature: Sequence[Tensor],
+        gradient_at: GradientAt,
+        first_gradient: Sequence[Tensor] | None,
+        *,
+        step: int,
+        index: int,
+    ) -> list[Tensor]:
+        """The noise. See :meth:`Perturbation.find`."""
+        generator = step_generator(step, feature[0].device, stream=index)
+        noise = [part.normal_(0, 1, generator=generator) for part in pgd.zeros(feature)]
+        return pgd.scaled(noise, pgd.absolute(parse_size(self.sigma), feature))
+
+    def describe(self) -> str:
+        """Its size."""
+        return f"sigma {describe_size(parse_size(self.sigma))}"
