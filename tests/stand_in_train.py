@@ -1,5 +1,4 @@
 """A small training script that is arranged as timm's own is, for the tests of the patch."""
-
 import argparse
 import os
 from functools import partial
@@ -11,15 +10,10 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
-
-# fmt: off
-# isort: off
 from timm.task import (
     ClassificationTask,
     LogitDistillationTask,
 )
-# isort: on
-# fmt: on
 
 config_parser = parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("--config", default="")
@@ -65,14 +59,8 @@ def main():
     task = None
 
     loader_of = partial(
-        create_loader,
-        input_size=data_config["input_size"],
-        batch_size=args.batch_size,
-        mean=data_config["mean"],
-        std=data_config["std"],
-        num_workers=args.workers,
-        device=device,
-    )
+        create_loader, input_size=data_config["input_size"], batch_size=args.batch_size, mean=data_config["mean"],
+        std=data_config["std"], num_workers=args.workers, device=device)
     dataset = create_dataset("", root=args.data_dir, split="train", is_training=True)
     loader_train = loader_of(dataset, is_training=True, no_aug=True, interpolation=data_config["interpolation"])
 
@@ -84,7 +72,12 @@ def main():
             raise ValueError("no teacher")
     else:
         # the ordinary task
-        task = ClassificationTask(model=model, criterion=train_loss_fn, device=device, verbose=utils.is_primary(args))
+        task = ClassificationTask(
+            model=model,
+            criterion=train_loss_fn,
+            device=device,
+            verbose=utils.is_primary(args),
+        )
 
     model = task.get_trainable_module()
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9)
@@ -101,8 +94,7 @@ def main():
         train_metrics = train_one_epoch(epoch, loader_train, optimizer, task)
         if output_dir is not None:
             utils.update_summary(
-                epoch, train_metrics, None, os.path.join(output_dir, "summary.csv"), write_header=epoch == 0
-            )
+                epoch, train_metrics, None, os.path.join(output_dir, "summary.csv"), write_header=epoch == 0)
             state = task.get_checkpoint_state() | task.get_checkpoint_state(ema=True) | {"args": args}
             torch.save(state, os.path.join(output_dir, "last.pth.tar"))
 

@@ -160,9 +160,9 @@ def render(record: dict[str, Any]) -> str:
         "| loop | time / plain | 95% interval | images/s |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for row in record["rows"]:
-        lines.append(
-            f"| {row['name']} | {row['ratio']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
-            f"{row['images_per_second']:.1f} |"
-        )
+    lines += [
+        f"| {row['name']} | {row['ratio']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
+        f"{row['images_per_second']:.1f} |"
+        for row in record["rows"]
+    ]
     return "\n".join(lines)

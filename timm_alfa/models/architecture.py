@@ -52,6 +52,7 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
     def extra_repr(self) -> str:
+        """Stride and padding."""
         return f"stride={self.stride}, pad=({self.before}, {self.after})"
 
 

@@ -1,3 +1,5 @@
+"""``python -m timm_alfa.patch``."""
+
 from .command import main
 
 if __name__ == "__main__":

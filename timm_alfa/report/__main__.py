@@ -1,3 +1,5 @@
+"""``python -m timm_alfa.report``."""
+
 from .page import main
 
 main()

@@ -1,5 +1,7 @@
-"""Robust accuracy: of any model (:func:`robust_accuracy`), of any checkpoint (``python -m timm_alfa.robust``), and of
-what a training run ends with (``--eval-pgd``)."""
+"""Robust accuracy of a model, a checkpoint, or what a run ends with.
+
+In Python :func:`robust_accuracy`, for a file ``python -m timm_alfa.robust``, at the end of training ``--eval-pgd``.
+"""
 
 from .accuracy import robust_accuracy
 

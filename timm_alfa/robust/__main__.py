@@ -1,3 +1,5 @@
+"""``python -m timm_alfa.robust``."""
+
 from .command import main
 
 main()

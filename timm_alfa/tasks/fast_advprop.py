@@ -44,8 +44,10 @@ FLAGS = (
 
 
 class FastAdvPropTask(AuxTask):
-    """The mean over a batch of crit(model(x), y) for its clean images, and for each of the others the mean of
-    crit(model_aux(x + start), y) and crit(model_aux(x_adv), y), where x_adv is one step from x + start.
+    """The mean over a batch of the losses of clean images and, for the others, of attacked ones.
+
+    A clean image has crit(model(x), y). Another has the mean of crit(model_aux(x + start), y) and
+    crit(model_aux(x_adv), y), where x_adv is one step from x + start.
 
     With a share p of attacked images a step costs 1 + (4/3) p plain ones: the attack's graph is walked for the images'
     gradients, and once more for the weights'.

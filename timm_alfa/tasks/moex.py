@@ -97,6 +97,7 @@ class MoexCriterion(nn.Module):
         self.criterion = create_classification_loss() if criterion is None else criterion
 
     def forward(self, output: Any, target: Any) -> Tensor:
+        """The loss, a scalar."""
         if not isinstance(target, Exchanged):
             return scalar_loss(self.criterion, output, target)
         own, other = (scalar_loss(self.criterion, output, labels) for labels in (target.own, target.other))

@@ -22,6 +22,7 @@ class ParseKeyValues(ParseKwargs):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        """Check, then do what timm's does."""
         for value in values:
             if (value and not value.split("=", 1)[0].isidentifier()) or (value and "=" not in value):
                 raise argparse.ArgumentError(self, f"expected KEY=VALUE, found {value!r}")
@@ -32,9 +33,11 @@ class TrainParser(argparse.ArgumentParser):
     """Raises ``UsageError`` instead of printing the usage, and names the nearest flag for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``UsageError``."""
         raise UsageError(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, with a guess for an unknown flag."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]

@@ -42,6 +42,9 @@ def create_loaders(
     Args:
         args: Parsed flags, with ``prefetcher`` and ``distributed`` set.
         data_config: ``timm.data.resolve_data_config``'s result.
+        dataset_train: Training images.
+        dataset_eval: Validation images, or None.
+        dataset_test: Test images, or None.
         device: Where batches go.
         img_dtype: Dtype of the batches; None is float32.
         collate_fn: Mixup's collate for the training loader, or None.
