@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.replay import Replay, watch_outputs
+from ..engine.interception import watch_outputs
+from ..engine.replay import Replay
 from ..errors import UsageError
 from .variants import CRITERION, Loss, Variant, label
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.replay import has_forward
+from ..engine.interception import has_forward
 from ..errors import BlockError
 
 # where torchvision's models keep their stages, and what their classifier is called

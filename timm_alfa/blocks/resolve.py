@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from ..engine.replay import has_forward
+from ..engine.interception import has_forward
 from ..engine.trace import trace
 from ..errors import BlockError
 from .backbone import all_stages, backbone_or_itself, stages_of, the_backbone

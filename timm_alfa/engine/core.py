@@ -25,8 +25,9 @@ from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
 from .compiler import is_compiled
 from .float16 import attack_gradients
 from .random_sources import random_sources
-from .randomness import RandomState
-from .replay import Feature, Recording, Replay, random_devices
+from .randomness import RandomState, random_devices
+from .recording import Feature, Recording
+from .replay import Replay
 from .trace import evaluating
 
 Gradient = Literal["full", "tail"]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .nested import tensors_of
 from .random_sources import Source
 
 
@@ -60,3 +61,9 @@ def step_generator(step: int, device: torch.device | str = "cpu", *, stream: int
     generator = torch.Generator(device)
     generator.manual_seed((torch.initial_seed() + 1_000_003 * step + 7_919 * stream) % 2**63)
     return generator
+
+
+def random_devices(model: nn.Module, args: tuple[Any, ...]) -> tuple[torch.device, ...]:
+    """The accelerators that a forward may draw random numbers on."""
+    devices = {tensor.device for tensor in (*tensors_of(args), *model.parameters()) if tensor.device.type != "cpu"}
+    return tuple(sorted(devices, key=str))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .flop_count import FlopCounter
+from .interception import watch_outputs
 from .random_sources import random_sources
-from .randomness import RandomState
-from .replay import random_devices, watch_outputs
+from .randomness import RandomState, random_devices
 
 
 @dataclass

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..engine.batchnorm import Statistics
 from ..engine.compiler import allow_second_walks
 from ..engine.random_sources import Source, random_sources
-from ..engine.randomness import RandomState, step_generator
-from ..engine.replay import random_devices
+from ..engine.randomness import RandomState, random_devices, step_generator
 from ..errors import UsageError
 from ..loss import scalar_loss
 from .monitor import LossMonitor

@@ -18,8 +18,8 @@ from timm.loss import create_classification_loss
 from torch import Tensor, nn
 
 from ..blocks.resolve import blank_input, resolve_blocks
+from ..engine.interception import changed_output
 from ..engine.randomness import step_generator
-from ..engine.replay import changed_output
 from ..engine.trace import trace
 from ..errors import BlockError, UsageError
 from ..loss import scalar_loss

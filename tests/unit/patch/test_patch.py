@@ -21,8 +21,8 @@ from training_images import make_image_folder
 from timm_alfa import UsageError, train
 from timm_alfa.patch.command import main, patch, show_diff, unpatch
 
-ROOT = Path(__file__).parent.parent
-STAND_IN = Path(__file__).parent / "stand_in_train.py"
+ROOT = Path(__file__).parents[3]
+STAND_IN = Path(__file__).parents[3] / "tests" / "helpers" / "stand_in_train.py"
 SOURCE = STAND_IN.read_bytes()
 PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 ALFA = "--alfa-blocks @stages --alfa-steps 2 --alfa-learnable --alfa-gamma 0.5 --alfa-alpha 1/255"

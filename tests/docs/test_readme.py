@@ -27,7 +27,7 @@ from timm_alfa.tasks.flags import flag_name, number
 from timm_alfa.train import main
 from timm_alfa.train.arguments.command_line import build_parser, parse_args
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OTHER_PROGRAMS = {
     "--nproc_per_node",

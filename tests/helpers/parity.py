@@ -6,12 +6,22 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def relative(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """||found - expected|| / ||expected||, the latter at least ``floor``."""
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).detach().norm()) / max(float(expected.detach().norm()), floor, 1e-300)
+def relative(found: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> float:
+    """||found - expected|| / ||expected||, the latter at least ``floor``; no gradient counts as zero."""
+    expected = torch.zeros(()) if expected is None else expected.detach()
+    found = torch.zeros_like(expected) if found is None else found.detach()
+    return float((found - expected).norm()) / max(float(expected.norm()), floor, 1e-300)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """In place: batch norms that do not start at zero, where wrong gradients would go unseen."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
 
 
 def gradient_errors(model: nn.Module, expected: Mapping[str, Tensor]) -> dict[str, float]:

@@ -13,8 +13,8 @@ import test_modes
 import test_resume
 from families import load
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN = "<!-- checked: begin (tests/test_checked.py holds this table to what the tests try) -->\n"
+README = Path(__file__).parents[2] / "README.md"
+BEGIN = "<!-- checked: begin (tests/docs/test_checked.py holds this table to what the tests try) -->\n"
 END = "<!-- checked: end"
 
 

@@ -1,6 +1,6 @@
 """Whether ALFA holds for a family of timm: replays bit for bit, gradients by comparison with plain hooks.
 
-``python tests/families.py --output results/families.md`` goes through all families and writes the table.
+``python tests/helpers/families.py --output results/families.md`` goes through all families and writes the table.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import lively, relative
 from reference.plain_alfa import plain_alfa
-from test_sweep import lively, relative
 from torch import Tensor, nn
 from toys import InPlace, Shared, Small, UNet, batch, family
 

@@ -10,7 +10,7 @@ import pytest
 
 from timm_alfa.utils.timm_version import OLDEST_TIMM, require_timm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SENTENCE = f"timm-alfa needs timm {OLDEST_TIMM} or newer, found 1.0.27: pip install --upgrade timm"
 
 

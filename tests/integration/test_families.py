@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from families import HEADER, Family, check, load
 
-TABLE = Path(__file__).parents[1] / "results" / "families.md"
+TABLE = Path(__file__).parents[2] / "results" / "families.md"
 FAMILIES = load()
 
 

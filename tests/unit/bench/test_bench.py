@@ -30,7 +30,7 @@ from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
 from timm_alfa.bench.variants import Variant, alfa, alfa_wrapper, l_alfa, plain, training_step
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
 TINY = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--rounds", "1", "--no-memory"]
 
 

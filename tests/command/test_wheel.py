@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RUNTIME = {"torch", "torchvision", "timm", "pyyaml", "safetensors", "tqdm"}
 
 pytestmark = pytest.mark.slow

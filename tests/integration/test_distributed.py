@@ -26,7 +26,7 @@ from training_images import make_image_folder
 from timm_alfa import AlfaTask
 from timm_alfa.utils.distributed import leave_group
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ALPHA = 0.05
 BLOCKS = ["stem", "block", "neck"]
 # (batch norm, batches per update, what is asked of the task)

@@ -50,7 +50,7 @@ def _weights(script: Path, arguments: str, data: Path, output: Path) -> dict[str
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_equal_those_of_timm(case: str, image_folder: Path, tmp_path: Path):
-    ours_script = Path(__file__).parent.parent / "train_alfa.py"
+    ours_script = Path(__file__).parents[2] / "train_alfa.py"
     arguments = COMMON + CASES[case]
     theirs = _weights(Path(os.environ["TIMM_TRAIN_PY"]), arguments, image_folder, tmp_path / "timm")
     ours = _weights(ours_script, arguments, image_folder, tmp_path / "ours")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import lively, relative
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from toys import FAMILIES, InPlace, Nested, Shared, Small, UNet, batch, family
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
@@ -28,21 +28,6 @@ FOUR = {
     "convnext": ["stem", "stages.1", "stages.2", "stages.3"],
     "densenet": ["features.conv0", "features.denseblock2", "features.denseblock3", "features.denseblock4"],
 }
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """In place: batch norms that do not start at zero, where wrong gradients would go unseen."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.affine:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model
-
-
-def relative(found: Tensor | None, expected: Tensor | None, floor: float) -> float:
-    if expected is None:
-        expected = torch.zeros(())
-    found = torch.zeros_like(expected) if found is None else found
-    return float((found - expected).norm()) / max(float(expected.norm()), floor)
 
 
 def compare(

@@ -96,7 +96,7 @@ def test_the_check_notices_what_is_missing(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_api_pages_of_the_readme_have_every_public_name(tmp_path: Path):
     pdoc = pytest.importorskip("pdoc")  # of the dev extra
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^pdoc (.*)$", readme, flags=re.MULTILINE)
     assert "--docformat google" in command
     pdoc.render.configure(docformat="google")
