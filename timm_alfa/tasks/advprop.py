@@ -49,8 +49,9 @@ class AuxTask(PixelTask):
     Build the optimizer afterwards: it trains the auxiliary affine parameters too. A model without batch norms shares
     whatever norms it has.
 
+    ``model``, ``criterion``, ``criterion_kwargs``, ``device``, ``dtype`` and ``verbose`` are as for :class:`PixelTask`.
+
     Args:
-        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`PixelTask`.
         attack: Of the images.
         attack_bn: ``"train"``: the attack normalises with the batch's statistics. ``"eval"``: the model attacked is in
             evaluation mode, on the auxiliary running statistics. Neither moves a statistic.
@@ -112,8 +113,10 @@ class AdvPropTask(AuxTask):
     the same dropout masks. The paper's settings: eps 1 with one step of 1, or eps e with e + 1 steps of 1; its random
     start is here always drawn, there in four of five batches.
 
+    ``model``, ``criterion``, ``attack``, ``attack_bn``, ``criterion_kwargs``, ``device``, ``dtype`` and ``verbose`` are
+    as for :class:`AuxTask`.
+
     Args:
-        model, criterion, attack, attack_bn, criterion_kwargs, device, dtype, verbose: See :class:`AuxTask`.
         reduction: ``"sum"`` as the paper, or ``"mean"``, which is the loss of both halves as one batch.
     """
 

@@ -209,13 +209,14 @@ class AlfaTask(MethodTask):
     ``AlfaLoss(criterion)(AlfaWrapper(model, ...)(input, target), target)``, but each tail is differentiated once and
     freed at once, see :mod:`timm_alfa.engine.tail_by_tail`.
 
+    ``alpha``, ``steps``, ``eps``, ``norm``, ``init``, ``grad``, ``bn``, ``learnable`` and ``eta_set`` are as for
+    :class:`~timm_alfa.AlfaWrapper`. ``lam``, ``gamma`` and ``reduction`` are as for :class:`~timm_alfa.AlfaLoss`.
+
     Args:
         model: The model to train, on its device.
         criterion: (output, target) -> scalar; ``None`` builds timm's from ``criterion_kwargs``.
         blocks: Whose outputs to perturb, see :func:`~timm_alfa.resolve_blocks`.
         criterion_kwargs: For ``timm.loss.create_classification_loss``, where ``criterion`` is ``None``.
-        alpha, steps, eps, norm, init, grad, bn, learnable, eta_set: See :class:`~timm_alfa.AlfaWrapper`.
-        lam, gamma, reduction: See :class:`~timm_alfa.AlfaLoss`.
         eta_lr: Learning rate of eta's own SGD (momentum 0.9, constant rate, no weight decay), above 0.
         sample_blocks: Perturb this many of the r blocks per step, drawn anew each time, alike on all ranks, and
             weighted r / N so that the objective's mean stays the same; ``None`` perturbs all.

@@ -52,8 +52,10 @@ class FastAdvPropTask(AuxTask):
     With a share p of attacked images a step costs 1 + (4/3) p plain ones: the attack's graph is walked for the images'
     gradients, and once more for the weights'.
 
+    ``model``, ``criterion``, ``criterion_kwargs``, ``device``, ``dtype`` and ``verbose`` are as for
+    :class:`~timm_alfa.tasks.base.PixelTask`.
+
     Args:
-        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`~timm_alfa.tasks.base.PixelTask`.
         attack: Of one step, untargeted, usually from a uniform start.
         share: Of each batch that is attacked, between 0 and 1; rounded to at least one image and not all of them.
 

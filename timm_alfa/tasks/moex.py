@@ -227,11 +227,12 @@ class _Exchanging:
 class MoexTask(_Exchanging, MethodTask):  # type: ignore[misc]  # compile is a task's, not a module's
     """Plain training with MoEx.
 
+    ``device``, ``dtype`` and ``verbose`` are as for timm's task.
+
     Args:
         model: The model to train.
         criterion: (output, target) -> scalar.
         moex: Of the model.
-        device, dtype, verbose: As for timm's task.
     """
 
     reported = ()

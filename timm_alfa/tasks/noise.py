@@ -65,9 +65,10 @@ FLAGS = (
 class NoiseTask(AlfaTask):
     """crit(model(x), y) + lam * sum_i crit(T_i(f_i + noise_i), y).
 
+    ``model``, ``criterion``, ``blocks``, ``criterion_kwargs``, ``lam``, ``reduction``, ``grad``, ``bn``, ``device``,
+    ``dtype`` and ``verbose`` are as for :class:`~timm_alfa.AlfaTask`.
+
     Args:
-        model, criterion, blocks, criterion_kwargs, lam, reduction, grad, bn, device, dtype, verbose: See
-            :class:`~timm_alfa.AlfaTask`.
         sigma: Standard deviation of the noise, at least 0, in units of the feature, or as a share of its rms, ``"2%"``.
 
     Raises:

@@ -37,8 +37,9 @@ class PgdTask(PixelTask):
     The attack runs in training mode, with the batch's statistics and the dropout masks of the pass that trains; running
     statistics and the random state move with that pass alone.
 
+    ``model``, ``criterion``, ``criterion_kwargs``, ``device``, ``dtype`` and ``verbose`` are as for :class:`PixelTask`.
+
     Args:
-        model, criterion, criterion_kwargs, device, dtype, verbose: See :class:`PixelTask`.
         attack: Of the images.
     """
 

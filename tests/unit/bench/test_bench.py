@@ -30,7 +30,7 @@ from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
 from timm_alfa.bench.variants import Variant, alfa, alfa_wrapper, l_alfa, plain, training_step
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+DOCS = "\n".join(page.read_text(encoding="utf-8") for page in (Path(__file__).parents[3] / "docs").rglob("*.md"))
 TINY = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--rounds", "1", "--no-memory"]
 
 
@@ -329,9 +329,9 @@ def test_loop_writes_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"^python -m timm_alfa\.bench .*$", README.replace("\\\n", " "), flags=re.MULTILINE)
+    "line", re.findall(r"^python -m timm_alfa\.bench .*$", DOCS.replace("\\\n", " "), flags=re.MULTILINE)
 )
-def test_the_readmes_commands_parse(line: str) -> None:
+def test_the_commands_of_the_documentation_parse(line: str) -> None:
     command, *flags = shlex.split(line, comments=True)[3:]
     args = {"step": step, "loop": loop, "loader": loader, "paper": paper}[command].build_parser().parse_args(flags)
     if command in ("step", "loop"):
