@@ -75,6 +75,7 @@ class NoiseTask(AlfaTask):
     """
 
     title = "Noise"
+    size_flag = "--noise-sigma"
 
     def __init__(
         self,
