@@ -119,6 +119,10 @@ class Engine:
                 with self._statistics.kept() if self.bn == "clean" else nullcontext():
                     yield
 
+    def statistics_kept(self) -> AbstractContextManager[None]:
+        """Around passes that move no running statistic, clean ones too."""
+        return self._statistics.kept()
+
     def without_side_effects(self) -> AbstractContextManager[None]:
         """Around a backward through the clean graph that a plain step does not make."""
         return self._statistics.kept_in_recomputation() if self.bn != "shared" else nullcontext()

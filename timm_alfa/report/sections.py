@@ -12,6 +12,7 @@ from .settings import split_settings
 
 BLUE, ORANGE, GREEN = 215, 28, 145
 RUN_HUES = (BLUE, ORANGE, GREEN, 325, 265, 185, 55, 0)
+RISE = "rise of the loss by delta"
 NORMS = (("l2", "l2 norm per image"), ("linf", "largest entry"), ("ratio", "rms relative to the feature's"))
 
 # title of the chart, then column, label, hue and dash of its lines
@@ -79,13 +80,22 @@ def norm_charts(record: RunRecord) -> Element | None:
             for index, block in enumerate(blocks)
         ], zero=True, log=True)
         for norm, label in NORMS
-    ))  # fmt: skip
+    ), line_chart(RISE, [
+        Line(_marked(block, blocks), *record.series(f"train_loss_rise_{block}"), hue=_hue(index, blocks),
+             strong=block == blocks[-1])
+        for index, block in enumerate(blocks)
+    ], zero=True))  # fmt: skip
 
 
 def block_table(record: RunRecord) -> Element | None:
     """What was last measured of each block."""
     blocks = record.blocks_with("train_delta_l2_")
-    names = [("eta", "eta"), ("loss_adv", "adversarial loss"), *((f"delta_{norm}", label) for norm, label in NORMS)]
+    names = [
+        ("eta", "eta"),
+        ("loss_adv", "adversarial loss"),
+        ("loss_rise", RISE),
+        *((f"delta_{norm}", label) for norm, label in NORMS),
+    ]
     columns = [(name, label) for name, label in names if record.blocks_with(f"train_{name}_")]
     rows = [
         [block, *(number(record.last(f"train_{name}_{block}")) for name, _ in columns)]

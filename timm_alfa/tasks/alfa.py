@@ -37,6 +37,7 @@ from .flags import (
     size,
 )
 from .monitor import FeatureMonitor, norms
+from .visibility import advise, describe_effects
 
 _logger = logging.getLogger(__name__)
 
@@ -231,6 +232,7 @@ class AlfaTask(MethodTask):
     """
 
     title = "ALFA"
+    size_flag = "--alfa-alpha"
     monitor: FeatureMonitor
 
     def __init__(
@@ -279,6 +281,8 @@ class AlfaTask(MethodTask):
         self.step = TailByTailStep(self.engine, self.objective)
         self.monitor = FeatureMonitor(self.reported, self.device, self.engine)
         self._others_noted = False
+        self._advised: set[str] = set()  # blocks
+        self._described = False
         self._stepper: EtaStepper | None = None
         if learnable:
             self._stepper = EtaStepper(self.engine.eta, model.parameters())
@@ -418,6 +422,22 @@ class AlfaTask(MethodTask):
             f"gradients {engine.grad}, batch norm {engine.bn}"
         )
         return [head, *format_blocks(infos).splitlines()]
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Averages since the last call, over all ranks; logs what the perturbations did, and advice where it is due."""
+        first = not self._described
+        metrics = super().epoch_metrics()
+        blocks = self.engine.blocks
+        effects = describe_effects(metrics, blocks)
+        if self.verbose and effects:
+            self._described = True
+            _logger.info(f"{self.title}: {effects}")
+            steps = getattr(self.engine.perturbation, "steps", 1)
+            for block, line in advise(metrics, blocks, self.size_flag, steps=steps, first=first).items():
+                if block not in self._advised:
+                    self._advised.add(block)
+                    _logger.warning(line)
+        return metrics
 
     def write_history(self, folder: Path | None) -> None:
         """Append eta of every step since the last call to ``eta.csv`` in ``folder``; ranks without a folder drop it."""

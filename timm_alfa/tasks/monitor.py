@@ -98,11 +98,14 @@ class FeatureMonitor(LossMonitor):
         """Averages since the last call, over all ranks; every rank has to call.
 
         Returns:
-            ``loss_clean``, ``loss_adv``; per block ``loss_adv_<block>`` (if there are several), ``delta_l2_<block>``,
-            ``delta_linf_<block>`` (means over images) and ``delta_ratio_<block>`` (rms(delta) / rms(f)); for L-ALFA
-            ``eta_<block>``. Always the same keys; NaN where nothing was measured.
+            ``loss_clean``, ``loss_adv``; per block ``loss_adv_<block>`` (if there are several), ``loss_rise_<block>``
+            (by how much of itself the loss rises), ``delta_l2_<block>``, ``delta_linf_<block>`` (means over images) and
+            ``delta_ratio_<block>`` (rms(delta) / rms(f)); for L-ALFA ``eta_<block>``. Always the same keys; NaN where
+            nothing was measured.
         """
         metrics = super().take()
+        for block in self.engine.blocks:
+            metrics[f"loss_rise_{block}"] = metrics[f"loss_rise_{block}"] / metrics["loss_clean"] - 1
         if self.engine.eta.learnable:
             values = self.engine.eta.values.tolist()
             metrics |= {f"eta_{block}": value for block, value in zip(self.engine.blocks, values, strict=True)}
@@ -115,8 +118,8 @@ class FeatureMonitor(LossMonitor):
             if len(self.engine.blocks) > 1:
                 names.append(f"loss_adv_{block}")
                 values.append(by_block)
-            names += [f"delta_l2_{block}", f"delta_linf_{block}", f"delta_ratio_{block}"]
-            values.append(self._norms[block].take(3))
+            names += [f"loss_rise_{block}", f"delta_l2_{block}", f"delta_linf_{block}", f"delta_ratio_{block}"]
+            values += [by_block, self._norms[block].take(3)]
         return names, values
 
 

@@ -76,6 +76,7 @@ class NoiseTask(AlfaTask):
     """
 
     title = "Noise"
+    size_flag = "--noise-sigma"
 
     def __init__(
         self,

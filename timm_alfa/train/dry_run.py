@@ -1,12 +1,15 @@
-"""``--alfa-dry-run``: one batch, a few training steps with and without the method, and what they cost."""
+"""``--alfa-dry-run``: a few training steps with and without the method, what they cost and what they do."""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,11 @@ from timm.utils import is_primary
 from torch import Tensor
 
 from ..errors import UsageError
+from ..perturbation import Pgd
+from ..run_folder.output import DEFAULT_OUTPUT
+from ..tasks.alfa import AlfaTask
+from ..tasks.visibility import describe_effects
+from .propose_alpha import propose_alpha
 
 PAIRS = 5
 
@@ -22,18 +30,21 @@ PAIRS = 5
 def dry_run(
     args: argparse.Namespace,
     task: ClassificationTask,
-    loader: Any,
+    epoch: Callable[[], Iterator[Any]],
     *,
     device: torch.device,
     amp_autocast: Callable[[], AbstractContextManager[Any]],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Time plain steps and the task's, in turns, on one batch, and print the ratio. Nothing is saved.
+    """Time plain steps and the task's, in turns, on one batch, and print the ratio and what delta does.
+
+    With weights that were trained before, also propose sizes, see :mod:`timm_alfa.train.propose_alpha`. No checkpoint
+    is written.
 
     Args:
         args: The command line, for the memory layout and the rank.
         task: The task as training would use it.
-        loader: The training loader; one batch is taken.
+        epoch: Makes the batches of an epoch of training; one is taken, and more for a proposal.
         device: Where the batch goes.
         amp_autocast: Makes the context of a forward.
         optimizer: Steps after each backward, as in training.
@@ -41,17 +52,25 @@ def dry_run(
     Raises:
         UsageError: The data holds no full batch.
     """
-    batch = next(iter(loader), None)
+    batch = next(epoch(), None)
     if batch is None:
         raise UsageError(f"--batch-size {args.batch_size}: no full batch in the training data; use a smaller one")
-    input, target = batch[0].to(device), batch[1].to(device)
-    if args.channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
+
+    def placed(batch: Any) -> tuple[Tensor, Tensor]:
+        input, target = batch[0].to(device), batch[1].to(device)
+        if args.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        return input, target
+
+    input, target = placed(batch)
     model = task.get_eval_model()  # the model itself, without DDP
     module = task.get_trainable_module()
     assert model is not None
     assert module is not None
     module.train()
+    trained = bool(args.pretrained or args.initial_checkpoint)
+    if trained:  # the proposal starts from them, not from what the steps below make of them
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
 
     def step(loss_of: Callable[[], Tensor]) -> tuple[float, float]:
         start = _now(device)
@@ -70,6 +89,7 @@ def dry_run(
 
     step(plain), step(method)
     pairs = [(step(plain), step(method)) for _ in range(PAIRS)]
+    metrics = task.epoch_metrics() if isinstance(task, AlfaTask) else None
     if not is_primary(args):
         return
     ratio = statistics.median(other[0] / base[0] for base, other in pairs)
@@ -79,6 +99,20 @@ def dry_run(
         f"plain step {1000 * plain_time:.1f} ms, --method {args.method} {ratio:.2f} times that "
         f"(median of {PAIRS} pairs, in turns)"
     )
+    if isinstance(task, AlfaTask) and metrics is not None:
+        print(describe_effects(metrics, task.engine.blocks))
+        if not isinstance(task.engine.perturbation, Pgd) or args.distributed:
+            return
+        if trained:
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+            batches = (placed(batch) for batch in itertools.chain.from_iterable(iter(epoch, None)))
+            folder = Path(args.output or DEFAULT_OUTPUT)
+            print(propose_alpha(args, task, batches, optimizer=optimizer, autocast=amp_autocast, folder=folder))
+        else:
+            print(
+                "With trained weights (--pretrained, --initial-checkpoint) this also proposes a value of --alfa-alpha."
+            )
 
 
 def _now(device: torch.device) -> float:

@@ -10,7 +10,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,10 +117,11 @@ def train(args: argparse.Namespace, *, command: str) -> None:
     del checkpoint
     if args.alfa_dry_run:
         run = plan.run
-        batches = (prepare_batch(run, images, target) for images, target in run.loader)
-        dry_run(
-            args, run.task, batches, device=run.device, amp_autocast=run.precision.autocast, optimizer=run.optimizer
-        )
+
+        def epoch() -> Iterator[Any]:
+            return (prepare_batch(run, images, target) for images, target in run.loader)
+
+        dry_run(args, run.task, epoch, device=run.device, amp_autocast=run.precision.autocast, optimizer=run.optimizer)
     elif plan.start_epoch < plan.stop_epoch:
         _train_and_export(plan, config, command)
     else:

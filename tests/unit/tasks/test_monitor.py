@@ -40,7 +40,9 @@ def test_means_over_what_was_measured() -> None:
         "loss_clean": 1.5,
         "loss_adv": 3.5,
         "loss_adv_stem": 1.5,
+        "loss_rise_stem": 0.0,
         "loss_adv_block": 3.5,
+        "loss_rise_block": pytest.approx(3.5 / 1.5 - 1),
         "delta_l2_stem": 2.0,
         "delta_linf_stem": 2.5,
         "delta_ratio_stem": 3.0,
@@ -64,7 +66,14 @@ def test_the_keys_are_always_the_same_and_averages_start_anew() -> None:
 
 def test_one_block_needs_no_loss_of_its_own() -> None:
     seen = monitor("block")
-    assert list(seen.take()) == ["loss_clean", "loss_adv", "delta_l2_block", "delta_linf_block", "delta_ratio_block"]
+    assert list(seen.take()) == [
+        "loss_clean",
+        "loss_adv",
+        "loss_rise_block",
+        "delta_l2_block",
+        "delta_linf_block",
+        "delta_ratio_block",
+    ]
 
 
 def test_text() -> None:
