@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blocks.resolve import resolve_blocks
 from .engine.aux_batchnorm import AuxBatchNorms
 from .engine.batchnorm import BatchNormMode
 from .engine.compiler import stays_eager
-from .engine.core import Engine, Gradient
+from .engine.core import Engine, Gradient, check_model
 from .eta import Eta, EtaSet, EtaStepper
 from .perturbation import Perturbation, Pgd
 from .pgd import Init, Norm
@@ -100,10 +101,11 @@ class AlfaWrapper(nn.Module):
         perturbation: Perturbation | None = None,
     ):
         super().__init__()
+        check_model(model)
         if perturbation is None:
             perturbation = Pgd(alpha, steps, eps, norm, init)
         eta = partial(Eta, learnable=learnable, eta_set=eta_set, lr=eta_lr)
-        self.engine = Engine(model, criterion, blocks, perturbation, grad=grad, bn=bn, eta=eta)
+        self.engine = Engine(model, criterion, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, eta=eta)
         self.module = model
         self.criterion = criterion
 

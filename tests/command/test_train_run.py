@@ -21,7 +21,7 @@ import yaml
 from summaries import COST, read_summary, reproducible_summary
 from training_images import make_image_folder
 
-from timm_alfa.train import loop, main
+from timm_alfa.train import loop, main, propose_alpha
 from timm_alfa.train.arguments.command_line import parse_args
 
 BASE = "--model test_resnet --img-size 32 --num-classes 3 -b 8 --workers 0 --opt adamw --lr 1e-3 --warmup-epochs 1"
@@ -279,6 +279,24 @@ def test_a_dry_run_writes_nothing(images: Path, tmp_path: Path, capsys: pytest.C
     main(_arguments(images, tmp_path / "out", f"--alfa-dry-run {extra}"))
     assert capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_from_trained_weights_proposes_sizes(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(propose_alpha, "STEPS", 3)
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "weights.pth")
+    flags = f"--alfa-dry-run --initial-checkpoint {tmp_path}/weights.pth --alfa-blocks layer2 layer4"
+    main(_arguments(images, tmp_path / "out", flags))
+    printed = capsys.readouterr().out
+    assert "after 3 plain steps, on 4 batches" in printed
+    assert re.search(r"layer2: delta \S+% of the feature, loss [+-]\S+%; layer4: ", printed)
+    rows = [line.split() for line in printed.splitlines() if re.match(r" *[\d.]+% ", line)]
+    assert [row[0] for row in rows] == ["0.1%", "0.2%", "0.5%", "1%", "2%", "5%", "10%", "20%", "50%"]
+    assert all(
+        re.search(rf"^{block}: (try --alfa-alpha|no size)", printed, re.MULTILINE) for block in ("layer2", "layer4")
+    )
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["alfa-sizes.png"]
 
 
 def test_alfa_is_logged_recorded_and_leaves_a_plain_model(

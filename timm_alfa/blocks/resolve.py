@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..engine.interception import has_forward
-from ..engine.trace import trace
+from ..engine.trace import blank_batch, trace
 from ..errors import BlockError
 from .backbone import all_stages, backbone_or_itself, stages_of, the_backbone
 from .paper_sets import PAPER_SETS, paper_set
@@ -118,19 +118,6 @@ def _percent(share: float) -> str:
     return "<0.01%" if 0 < share < 1e-4 else f"{100 * share:.2f}%"
 
 
-def blank_input(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_size: int = 1) -> torch.Tensor:
-    """Zeros of the model's input size, [batch_size, C, H, W], on its device and in its dtype."""
-    if input_size is None:
-        owner = model if getattr(model, "pretrained_cfg", None) else backbone_or_itself(model)
-        config = getattr(owner, "pretrained_cfg", None) or {}
-        input_size = config.get("input_size")
-        if input_size is None:
-            raise ValueError("input_size: needed for a model without a pretrained_cfg, such as (3, 224, 224)")
-        input_size = (getattr(owner, "in_chans", None) or input_size[0], *input_size[1:])
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.zeros(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)
-
-
 def _match(model: nn.Module, modules: dict[str, nn.Module], pattern: str) -> list[str]:
     if pattern.startswith("@"):
         return _keyword(model, pattern)
@@ -168,3 +155,15 @@ def _keyword(model: nn.Module, keyword: str) -> list[str]:
         return [prefix + name for name in paper_set(backbone, keyword)]
     stages = stages_of(model, keyword)
     return stages[-1:] if keyword == "@last" else stages
+
+
+def blank_input(model: nn.Module, input_size: tuple[int, ...] | None = None, batch_size: int = 1) -> torch.Tensor:
+    """Zeros of the model's input size, [batch_size, C, H, W], on its device and in its dtype."""
+    if input_size is None:
+        owner = model if getattr(model, "pretrained_cfg", None) else backbone_or_itself(model)
+        config = getattr(owner, "pretrained_cfg", None) or {}
+        input_size = config.get("input_size")
+        if input_size is None:
+            raise ValueError("input_size: needed for a model without a pretrained_cfg, such as (3, 224, 224)")
+        input_size = (getattr(owner, "in_chans", None) or input_size[0], *input_size[1:])
+    return blank_batch(model, input_size, batch_size)

@@ -7,7 +7,7 @@ call ``loss.backward()`` themselves. :class:`~timm_alfa.AlfaTask` differentiates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..blocks.resolve import blank_input, resolve_blocks
 from ..errors import BlockError
 from ..eta import Eta
 from ..loss import scalar_loss
@@ -28,7 +27,7 @@ from .random_sources import random_sources
 from .randomness import RandomState, random_devices
 from .recording import Feature, Recording
 from .replay import Replay
-from .trace import evaluating
+from .trace import blank_batch, evaluating
 
 Gradient = Literal["full", "tail"]
 GRADIENTS: tuple[Gradient, ...] = ("full", "tail")
@@ -40,38 +39,36 @@ class Engine:
     Args:
         model: Any module; its parameters and structure stay as they are.
         criterion: (output, target) -> scalar, the loss that the perturbation raises.
-        blocks: Whose outputs to perturb, see :func:`~timm_alfa.resolve_blocks`.
+        blocks: Name -> submodule whose output to perturb, of :func:`~timm_alfa.resolve_blocks`.
         perturbation: What finds delta.
         grad: ``"full"``: adversarial losses also train what comes before the block. ``"tail"``: they do not.
         bn: Which passes move running statistics, see :class:`~timm_alfa.AlfaWrapper`.
         eta: Block names -> their strengths.
 
     Raises:
-        ValueError: An argument is out of its range, or the model is compiled or distributed already.
-        TypeError: The criterion cannot be called. BlockError: A block does not resolve.
+        ValueError: An argument is out of its range.
+        TypeError: The criterion cannot be called.
     """
 
     def __init__(
         self,
         model: nn.Module,
         criterion: Callable[[Any, Any], Tensor],
-        blocks: str | Sequence[str],
+        blocks: Mapping[str, nn.Module],
         perturbation: Perturbation,
         *,
         grad: Gradient = "full",
         bn: BatchNormMode = "clean",
         eta: Callable[[list[str]], Eta] = Eta,
     ):
-        _check_model(model)
         if not callable(criterion):
             raise TypeError(f"criterion: expected something to call with (output, target), found {criterion!r}")
         for name, value, choices in (("grad", grad, GRADIENTS), ("bn", bn, BATCH_NORM_MODES)):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
-        modules = resolve_blocks(model, blocks)
         self.model = model
         self.criterion = criterion
-        self.blocks = list(modules)
+        self.blocks = list(blocks)
         self.perturbation = perturbation
         self.grad: Gradient = grad
         self.bn: BatchNormMode = bn
@@ -79,7 +76,7 @@ class Engine:
         self.passes = 0  # training steps made
         self.aux = AuxBatchNorms(model) if bn == "aux" else None
         self._aux_checked = False
-        self._replay: Replay | None = Replay(model, modules)
+        self._replay: Replay | None = Replay(model, blocks)
         self._statistics = Statistics(model)
 
     @property
@@ -234,14 +231,14 @@ class Engine:
         Raises:
             BlockError: A block that runs several times per forward, not at all, or that cannot be perturbed.
         """
-        trial = Replay(self.model, resolve_blocks(self.model, self.blocks))
+        trial = Replay(self.model, {block: self.model.get_submodule(block) for block in self.blocks})
         start = RandomState.capture(random_devices(self.model, ()), random_sources(self.model))
         with start.left_as_is(), evaluating(self.model), torch.enable_grad():
-            recording = trial.record((blank_input(self.model, input_size, batch_size=2),))
+            recording = trial.record((blank_batch(self.model, input_size, batch_size=2),))
             for block, feature in recording.features.items():
                 trial.replay(recording, block, feature.rebuild(feature.tensors))
         if self.aux is not None:
-            self.aux.keep_only(norms_behind(self.model, self.blocks, blank_input(self.model, input_size)))
+            self.aux.keep_only(norms_behind(self.model, self.blocks, blank_batch(self.model, input_size)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model's parts between and after the blocks; arguments are those of ``torch.compile``.
@@ -291,7 +288,12 @@ def gradients_or_zeros(block: str, gradients: Sequence[Tensor | None], tensors: 
     ]
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Refuse a model whose blocks cannot be reached any more.
+
+    Raises:
+        ValueError: It is compiled or distributed already.
+    """
     if isinstance(model, DistributedDataParallel):
         raise ValueError("model: wrap the AlfaWrapper in DistributedDataParallel, not the model inside it")
     if is_compiled(model):

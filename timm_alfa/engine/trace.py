@@ -76,3 +76,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def blank_batch(model: nn.Module, input_size: tuple[int, ...], batch_size: int = 1) -> torch.Tensor:
+    """Zeros [batch_size, *input_size], on the model's device and in its dtype."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)

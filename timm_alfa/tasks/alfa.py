@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..blocks.resolve import format_blocks, list_blocks, resolve_blocks
 from ..engine.batchnorm import BATCH_NORM_MODES, BatchNormMode
 from ..engine.compiler import stays_eager
-from ..engine.core import GRADIENTS, Engine, Gradient
+from ..engine.core import GRADIENTS, Engine, Gradient, check_model
 from ..engine.tail_by_tail import TailByTailStep
 from ..errors import BlockError, UsageError
 from ..eta import ETA_SETS, Eta, EtaSet, EtaStepper
@@ -47,159 +47,74 @@ OBJECTIVE = "ALFA: the objective"
 LEARNING = "L-ALFA: learned strengths"
 WEIGHT = "a finite weight of at least 0"
 
+# fmt: off
 FLAGS = (
     Flag(
-        "alfa_blocks",
-        ["@last"],
-        "blocks whose outputs are perturbed; switches ALFA on. Names, globs such as 'blocks.*', @last or @stages",
-        nargs="+",
-        group=FEATURES,
-        argument="blocks",
-        source="i in Eq. 3",
+        "alfa_blocks", ["@last"], "blocks whose outputs are perturbed; switches ALFA on. Names, globs such as "
+        "'blocks.*', @last or @stages", nargs="+", group=FEATURES, argument="blocks", source="i in Eq. 3",
     ),
     Flag(
-        "alfa_alpha",
-        Pgd.alpha,
-        "step size in feature units, such as 0.002 or 0.5/255, or as a share of the feature's rms, such as 2%%",
-        size,
-        expected="a finite step size above 0, such as 0.5/255 or 2%",
-        valid=is_size_above_zero,
-        group=ATTACK,
-        argument="alpha",
-        source="alpha in Eq. 4",
+        "alfa_alpha", Pgd.alpha, "step size in feature units, such as 0.002 or 0.5/255, or as a share of the feature's "
+        "rms, such as 2%%", size, expected="a finite step size above 0, such as 0.5/255 or 2%",
+        valid=is_size_above_zero, group=ATTACK, argument="alpha", source="alpha in Eq. 4",
     ),
     Flag(
-        "alfa_steps",
-        Pgd.steps,
-        "steps of the attack; the first is nearly free",
-        int,
-        expected="a whole number of at least 1",
-        valid=at_least_one,
-        group=ATTACK,
-        argument="steps",
+        "alfa_steps", Pgd.steps, "steps of the attack; the first is nearly free", int,
+        expected="a whole number of at least 1", valid=at_least_one, group=ATTACK, argument="steps",
         source="K in Eq. 4",
     ),
     Flag(
-        "alfa_eps",
-        Pgd.eps,
-        "bound on the perturbation's norm, a number or a share as above",
-        size,
-        expected="a finite bound of at least 0, or a share such as 8%",
-        valid=is_size_of_at_least_zero,
-        group=ATTACK,
-        argument="eps",
-        source="Proj in Eq. 4",
+        "alfa_eps", Pgd.eps, "bound on the perturbation's norm, a number or a share as above", size,
+        expected="a finite bound of at least 0, or a share such as 8%", valid=is_size_of_at_least_zero, group=ATTACK,
+        argument="eps", source="Proj in Eq. 4",
     ),
     Flag(
-        "alfa_norm",
-        Pgd.norm,
-        "sign of the gradient, or the gradient over its l2 norm; also the bound's norm",
-        choices=NORMS,
-        group=ATTACK,
-        argument="norm",
-        source="Eq. 4",
+        "alfa_norm", Pgd.norm, "sign of the gradient, or the gradient over its l2 norm; also the bound's norm",
+        choices=NORMS, group=ATTACK, argument="norm", source="Eq. 4",
     ),
     Flag(
-        "alfa_init",
-        Pgd.init,
-        "where the perturbation starts; uniform needs --alfa-eps",
-        choices=INITS,
-        group=ATTACK,
-        argument="init",
-        source="Eq. 4",
+        "alfa_init", Pgd.init, "where the perturbation starts; uniform needs --alfa-eps", choices=INITS, group=ATTACK,
+        argument="init", source="Eq. 4",
     ),
     Flag(
-        "alfa_lambda",
-        1.0,
-        "weight of the adversarial losses; 0 is plain training",
-        number,
-        expected=WEIGHT,
-        valid=at_least_zero,
-        group=OBJECTIVE,
-        argument="lam",
-        source="lambda in Eq. 3",
+        "alfa_lambda", 1.0, "weight of the adversarial losses; 0 is plain training", number, expected=WEIGHT,
+        valid=at_least_zero, group=OBJECTIVE, argument="lam", source="lambda in Eq. 3",
     ),
     Flag(
-        "alfa_reduction",
-        "sum",
-        "add the adversarial losses, or average them with the clean one",
-        choices=REDUCTIONS,
-        group=OBJECTIVE,
-        argument="reduction",
-        source="Eq. 3",
+        "alfa_reduction", "sum", "add the adversarial losses, or average them with the clean one", choices=REDUCTIONS,
+        group=OBJECTIVE, argument="reduction", source="Eq. 3",
     ),
     Flag(
-        "alfa_grad",
-        "full",
-        "whether adversarial losses also train the layers before their block",
-        choices=GRADIENTS,
-        group=OBJECTIVE,
-        argument="grad",
-        source="Eq. 3",
+        "alfa_grad", "full", "whether adversarial losses also train the layers before their block", choices=GRADIENTS,
+        group=OBJECTIVE, argument="grad", source="Eq. 3",
     ),
     Flag(
-        "alfa_bn",
-        "clean",
-        "whether adversarial passes move the running statistics too (shared), or have batch norms "
-        "of their own (aux); clean: neither",
-        choices=BATCH_NORM_MODES,
-        group=OBJECTIVE,
-        argument="bn",
+        "alfa_bn", "clean", "whether adversarial passes move the running statistics too (shared), or have batch norms "
+        "of their own (aux); clean: neither", choices=BATCH_NORM_MODES, group=OBJECTIVE, argument="bn",
     ),
     Flag(
-        "alfa_learnable",
-        False,
-        "learn how strongly each block is perturbed (eta)",
-        bool,
-        group=LEARNING,
-        argument="learnable",
-        source="eta in Eq. 5",
+        "alfa_learnable", False, "learn how strongly each block is perturbed (eta)", bool, group=LEARNING,
+        argument="learnable", source="eta in Eq. 5",
     ),
     Flag(
-        "alfa_gamma",
-        0.0,
-        "weight of the l1 norm of eta; the paper tunes it in 0.5, 1, 2",
-        number,
-        expected=WEIGHT,
-        valid=at_least_zero,
-        group=LEARNING,
-        only_with="alfa_learnable",
-        argument="gamma",
-        source="gamma in Eq. 5",
+        "alfa_gamma", 0.0, "weight of the l1 norm of eta; the paper tunes it in 0.5, 1, 2", number, expected=WEIGHT,
+        valid=at_least_zero, group=LEARNING, only_with="alfa_learnable", argument="gamma", source="gamma in Eq. 5",
     ),
     Flag(
-        "alfa_eta_lr",
-        0.01,
-        "learning rate of eta, constant",
-        number,
-        expected="a finite learning rate above 0",
-        valid=above_zero,
-        group=LEARNING,
-        only_with="alfa_learnable",
-        argument="eta_lr",
-        source="Algorithm 1",
+        "alfa_eta_lr", 0.01, "learning rate of eta, constant", number, expected="a finite learning rate above 0",
+        valid=above_zero, group=LEARNING, only_with="alfa_learnable", argument="eta_lr", source="Algorithm 1",
     ),
     Flag(
-        "alfa_eta_set",
-        "hyperplane",
-        "where eta lives: sum 1, or sum 1 and no negative entry",
-        choices=ETA_SETS,
-        group=LEARNING,
-        only_with="alfa_learnable",
-        argument="eta_set",
-        source="P in Eq. 5",
+        "alfa_eta_set", "hyperplane", "where eta lives: sum 1, or sum 1 and no negative entry", choices=ETA_SETS,
+        group=LEARNING, only_with="alfa_learnable", argument="eta_set", source="P in Eq. 5",
     ),
     Flag(
-        "alfa_sample_blocks",
-        None,
-        "perturb this many of the blocks per step, drawn at random and weighted accordingly; none is all",
-        int,
-        expected="a whole number of at least 1",
-        valid=at_least_one,
-        group=LEARNING,
+        "alfa_sample_blocks", None, "perturb this many of the blocks per step, drawn at random and weighted "
+        "accordingly; none is all", int, expected="a whole number of at least 1", valid=at_least_one, group=LEARNING,
         argument="sample_blocks",
     ),
 )
+# fmt: on
 
 
 class AlfaTask(MethodTask):
@@ -265,10 +180,13 @@ class AlfaTask(MethodTask):
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose
         )
+        check_model(model)
         if perturbation is None:
             perturbation = Pgd(alpha, steps, eps, norm, init)
         eta = partial(Eta, learnable=learnable, eta_set=eta_set, lr=eta_lr)
-        self.engine = Engine(model, self.criterion, blocks, perturbation, grad=grad, bn=bn, eta=eta)
+        self.engine = Engine(
+            model, self.criterion, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, eta=eta
+        )
         found = self.engine.blocks
         if sample_blocks is not None and not 1 <= sample_blocks <= len(found):
             raise ValueError(f"sample_blocks: expected 1 to {len(found)}, the number of blocks, found {sample_blocks}")

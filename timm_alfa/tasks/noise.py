@@ -18,48 +18,32 @@ from ..sizes import Relative
 from .alfa import AlfaTask
 from .flags import Flag, at_least_zero, is_size_of_at_least_zero, number, settings, size
 
+# fmt: off
 FLAGS = (
     Flag(
-        "noise_blocks",
-        ["@last"],
-        "blocks whose outputs get noise, named as for --alfa-blocks",
-        nargs="+",
+        "noise_blocks", ["@last"], "blocks whose outputs get noise, named as for --alfa-blocks", nargs="+",
         argument="blocks",
     ),
     Flag(
-        "noise_sigma",
-        Gaussian.sigma,
-        "standard deviation, in feature units, or as a share of the feature's rms, such as 2%%",
-        size,
-        expected="a finite number of at least 0, or a share such as 2%",
-        valid=is_size_of_at_least_zero,
-        argument="sigma",
+        "noise_sigma", Gaussian.sigma, "standard deviation, in feature units, or as a share of the feature's rms, such "
+        "as 2%%", size, expected="a finite number of at least 0, or a share such as 2%",
+        valid=is_size_of_at_least_zero, argument="sigma",
     ),
     Flag(
-        "noise_lambda",
-        1.0,
-        "weight of the losses with noise",
-        number,
-        expected="a finite weight of at least 0",
-        valid=at_least_zero,
-        argument="lam",
+        "noise_lambda", 1.0, "weight of the losses with noise", number, expected="a finite weight of at least 0",
+        valid=at_least_zero, argument="lam",
     ),
     Flag(
-        "noise_reduction",
-        "sum",
-        "add the losses with noise, or average them with the clean one",
-        choices=REDUCTIONS,
+        "noise_reduction", "sum", "add the losses with noise, or average them with the clean one", choices=REDUCTIONS,
         argument="reduction",
     ),
     Flag(
-        "noise_grad",
-        "full",
-        "whether they also train the layers before their block",
-        choices=GRADIENTS,
+        "noise_grad", "full", "whether they also train the layers before their block", choices=GRADIENTS,
         argument="grad",
     ),
     Flag("noise_bn", "clean", "as --alfa-bn", choices=BATCH_NORM_MODES, argument="bn"),
 )
+# fmt: on
 
 
 class NoiseTask(AlfaTask):

@@ -99,20 +99,19 @@ def dry_run(
         f"plain step {1000 * plain_time:.1f} ms, --method {args.method} {ratio:.2f} times that "
         f"(median of {PAIRS} pairs, in turns)"
     )
-    if isinstance(task, AlfaTask) and metrics is not None:
-        print(describe_effects(metrics, task.engine.blocks))
-        if not isinstance(task.engine.perturbation, Pgd) or args.distributed:
-            return
-        if trained:
-            model.load_state_dict(weights)
-            optimizer.load_state_dict(state)
-            batches = (placed(batch) for batch in itertools.chain.from_iterable(iter(epoch, None)))
-            folder = Path(args.output or DEFAULT_OUTPUT)
-            print(propose_alpha(args, task, batches, optimizer=optimizer, autocast=amp_autocast, folder=folder))
-        else:
-            print(
-                "With trained weights (--pretrained, --initial-checkpoint) this also proposes a value of --alfa-alpha."
-            )
+    if not isinstance(task, AlfaTask) or metrics is None:
+        return
+    print(describe_effects(metrics, task.engine.blocks))
+    if not isinstance(task.engine.perturbation, Pgd) or args.distributed:
+        return
+    if trained:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        batches = (placed(batch) for batch in itertools.chain.from_iterable(iter(epoch, None)))
+        folder = Path(args.output or DEFAULT_OUTPUT)
+        print(propose_alpha(args, task, batches, optimizer=optimizer, autocast=amp_autocast, folder=folder))
+    else:
+        print("With trained weights (--pretrained, --initial-checkpoint) this also proposes a value of --alfa-alpha.")
 
 
 def _now(device: torch.device) -> float:

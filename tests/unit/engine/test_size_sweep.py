@@ -21,7 +21,7 @@ def test_effects_are_those_of_a_plain_step(steps: int) -> None:
     model = Small(drop=0.0).double().train()
     images, target = batch(8, batch_size=16)
     before = copy.deepcopy(model.state_dict())
-    engine = Engine(model, F.cross_entropy, ["stem", "block"], Pgd())
+    engine = Engine(model, F.cross_entropy, {"stem": model.stem, "block": model.block}, Pgd())
     state = torch.get_rng_state()
     found = sweep_sizes(engine, [(images, target)], shares=(0.01, 0.2), steps=steps, autocast=nullcontext)
     assert torch.equal(torch.get_rng_state(), state)
