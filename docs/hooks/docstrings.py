@@ -34,3 +34,11 @@ class PlainMarkdown(griffe.Extension):
         """
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Rewrite that of the package, which is no object of its own here.
+
+        Args:
+            pkg: The package.
+        """
+        self.on_object(obj=pkg)

@@ -47,20 +47,18 @@ def table_for(name: str) -> str:
 
 
 def flag_table(flags: Sequence[Flag]) -> str:
-    """Flag, argument of the task, default, values, meaning and equation; columns without content are left out.
+    """Flag, argument of the task, default and meaning; a column without content is left out.
 
     Args:
         flags: Of one method.
     """
-    head = ["flag", "argument", "default", "values", "meaning", "source"]
+    head = ["flag", "argument", "default", "meaning"]
     rows = [
         [
             f"`{flag_name(flag.name)}`",
             f"`{flag.argument}`" if flag.argument else "",
             default_text(flag),
-            values_text(flag),
-            flag.help.replace("%%", "%"),
-            flag.source,
+            meaning_text(flag),
         ]
         for flag in flags
     ]
@@ -79,13 +77,16 @@ def default_text(flag: Flag) -> str:
     return "none" if flag.default is None else f"`{flag.text(flag.default)}`"
 
 
-def values_text(flag: Flag) -> str:
-    """What a flag takes.
+def meaning_text(flag: Flag) -> str:
+    """What a flag does, what it takes, and where the paper has it.
 
     Args:
         flag: Any.
     """
-    return ", ".join(f"`{choice}`" for choice in flag.choices) if flag.choices else flag.expected
+    values = ", ".join(f"`{choice}`" for choice in flag.choices) if flag.choices else flag.expected
+    parts = [flag.help.replace("%%", "%"), *([f"Takes {values}"] if values else [])]
+    text = ". ".join(part[0].upper() + part[1:] for part in parts)
+    return f"{text} ({flag.source})" if flag.source else text
 
 
 def command_tables(parser: argparse.ArgumentParser) -> str:

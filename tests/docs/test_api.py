@@ -7,7 +7,6 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -92,18 +91,3 @@ def test_the_check_notices_what_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(CALLABLES, "undocumented", (undocumented, inspect.getdoc(undocumented) or ""))
     with pytest.raises(AssertionError, match="does not explain second"):
         test_documented("undocumented")
-
-
-def test_the_api_pages_of_the_readme_have_every_public_name(tmp_path: Path):
-    pdoc = pytest.importorskip("pdoc")  # of the dev extra
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^pdoc (.*)$", readme, flags=re.MULTILINE)
-    assert "--docformat google" in command
-    pdoc.render.configure(docformat="google")
-    pages = [word for word in command.split() if word.startswith("timm_alfa")]
-    pdoc.pdoc(*pages, output_directory=tmp_path)
-    for module in map(importlib.import_module, [*pages, "timm_alfa.models"]):
-        text = (tmp_path / f"{module.__name__.replace('.', '/')}.html").read_text(encoding="utf-8")
-        for name in module.__all__:
-            assert f'id="{name}"' in text or inspect.ismodule(getattr(module, name)), f"{module.__name__}.{name}"
-    assert 'id="AlfaWrapper.remove"' in (tmp_path / "timm_alfa.html").read_text(encoding="utf-8")

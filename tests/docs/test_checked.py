@@ -1,4 +1,4 @@
-"""The README's table of what is checked says what the tests try: the figures come from their own lists."""
+"""The documentation's table of what is checked says what the tests try: the figures come from their own lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import test_modes
 import test_resume
 from families import load
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "verification.md"
 BEGIN = "<!-- checked: begin (tests/docs/test_checked.py holds this table to what the tests try) -->\n"
 END = "<!-- checked: end"
 
@@ -26,7 +26,7 @@ def table() -> str:
     rows = [
         (
             "timm's model families: blocks resolve without help, replays are exact, gradients are those of plain hooks",
-            f"{len(load())} families ([table](results/families.md))",
+            f"{len(load())} families ([table](../results/families.md))",
         ),
         (
             "Every way of training ends with the weights, and their average, of an eager float32 loop with plain "
@@ -73,6 +73,6 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_readme_has_this_table() -> None:
-    found = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+def test_the_page_has_this_table() -> None:
+    found = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     assert found == table()
