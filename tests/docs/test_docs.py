@@ -314,6 +314,17 @@ def test_relative_links_and_pictures_resolve(page: Path):
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_page_id)
+def test_files_and_names_of_the_code_exist(page: Path):
+    """Such as `pgd_step` in `timm_alfa/pgd.py`."""
+    text = text_of(page)
+    for path in re.findall(r"`((?:timm_alfa|tests|docs)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+    for name, path in re.findall(r"`([\w.]+)` in `([\w./]+\.py)`", text):
+        defined = rf"^\s*(?:def|class) {name.rpartition('.')[2]}\b|^{name}\b"
+        assert re.search(defined, (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE), f"{name} in {path}"
+
+
 @pytest.mark.parametrize("page", [page for page in ALL if equations(page)], ids=_page_id)
 def test_equations_convert(page: Path):
     pytest.importorskip("latex2mathml")  # of the docs extra
