@@ -17,6 +17,8 @@ from .engine.randomness import step_generator
 from .pgd import INITS, NORMS, Init, Norm
 from .sizes import Relative, Size, checked_size, describe_size, parse_size
 
+__all__ = ["Gaussian", "Perturbation", "Pgd"]
+
 GradientAt: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
 

@@ -104,6 +104,9 @@ def test_the_sdist_holds_what_tests_and_a_build_need(dist: Path):
         "tests",
         "patches",
         "results",
+        "docs",
+        "mkdocs.yml",
+        "CONTRIBUTING.md",
     }
 
 

@@ -1,4 +1,4 @@
-"""The table of what is checked says what the tests try: the figures come from their own lists."""
+"""The documentation's table of what is checked says what the tests try: the figures come from their own lists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def table() -> str:
     rows = [
         (
             "timm's model families: blocks resolve without help, replays are exact, gradients are those of plain hooks",
-            f"{len(load())} families (`results/families.md`)",
+            f"{len(load())} families ([table](../results/families.md))",
         ),
         (
             "Every way of training ends with the weights, and their average, of an eager float32 loop with plain "
@@ -73,6 +73,6 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_readme_has_this_table() -> None:
+def test_the_page_has_this_table() -> None:
     found = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     assert found == table()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import runpy
 import shlex
 import statistics
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
 from timm_alfa.bench.variants import Variant, alfa, alfa_wrapper, l_alfa, plain, training_step
 
-DOCS = "\n".join(page.read_text(encoding="utf-8") for page in (Path(__file__).parents[3] / "docs").rglob("*.md"))
 TINY = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--rounds", "1", "--no-memory"]
 
 
@@ -329,10 +328,10 @@ def test_loop_writes_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"^python -m timm_alfa\.bench .*$", DOCS.replace("\\\n", " "), flags=re.MULTILINE)
+    "line", [line for page in pages.PAGES for line in pages.command_lines(page) if " timm_alfa.bench " in line]
 )
 def test_the_commands_of_the_documentation_parse(line: str) -> None:
-    command, *flags = shlex.split(line, comments=True)[3:]
+    command, *flags = shlex.split(line)[3:]
     args = {"step": step, "loop": loop, "loader": loader, "paper": paper}[command].build_parser().parse_args(flags)
     if command in ("step", "loop"):
         common.check_arguments(args)
