@@ -105,7 +105,15 @@ class Pgd:
         step: int,
         index: int,
     ) -> list[Tensor]:
-        """Delta after K steps; finite, whatever the gradients are. See :meth:`Perturbation.find`."""
+        """Delta after K steps; finite, whatever the gradients are.
+
+        Args:
+            feature: The block's floating-point tensors, [B, ...] each.
+            gradient_at: d crit(T_i(f_i + delta), y) / d delta, by one tail replay.
+            first_gradient: The same at delta = 0, where it is known.
+            step: Training step, counted from 1.
+            index: Of the block among the perturbed ones.
+        """
         alpha = pgd.absolute(parse_size(self.alpha), feature)
         eps = None if self.eps is None else pgd.absolute(parse_size(self.eps), feature)
         if first_gradient is not None:
@@ -157,7 +165,15 @@ class Gaussian:
         step: int,
         index: int,
     ) -> list[Tensor]:
-        """The noise. See :meth:`Perturbation.find`."""
+        """The noise.
+
+        Args:
+            feature: The block's floating-point tensors, [B, ...] each.
+            gradient_at: d crit(T_i(f_i + delta), y) / d delta, by one tail replay.
+            first_gradient: The same at delta = 0, where it is known.
+            step: Training step, counted from 1.
+            index: Of the block among the perturbed ones.
+        """
         generator = step_generator(step, feature[0].device, stream=index)
         noise = [part.normal_(0, 1, generator=generator) for part in pgd.zeros(feature)]
         return pgd.scaled(noise, pgd.absolute(parse_size(self.sigma), feature))

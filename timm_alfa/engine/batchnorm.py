@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .aux_batchnorm import AuxBranch
+from .inventory import Inventory
 
 BatchNormMode = Literal["clean", "shared", "aux"]
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("clean", "shared", "aux")
@@ -28,7 +29,7 @@ class Statistics:
     """
 
     def __init__(self, model: nn.Module):
-        self._model = model
+        self._inventory = Inventory(model)
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._others = [
             (module, name)
@@ -60,12 +61,12 @@ class Statistics:
         tracking = [norm for norm in self._norms if norm.training and norm.track_running_stats]
         try:
             for norm in tracking:
-                norm.track_running_stats = False
+                object.__setattr__(norm, "track_running_stats", False)  # several times quicker than a module's own
             with _copies(self._others):
                 yield
         finally:
             for norm in tracking:
-                norm.track_running_stats = True
+                object.__setattr__(norm, "track_running_stats", True)
 
     @contextmanager
     def kept_outside_batch_norms(self) -> Iterator[None]:
@@ -80,7 +81,7 @@ class Statistics:
         With gradient checkpointing such a walk runs forwards again, which have to save what they saved the first time:
         so statistics do move, but those of copies.
         """
-        if not any(module.__dict__.get("grad_checkpointing") for module in self._model.modules()):
+        if not self._inventory.checkpointing():
             yield
             return
         norms = [(norm, name) for norm in self._norms for name, _ in norm.named_buffers(recurse=False)]

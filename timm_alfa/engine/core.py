@@ -23,6 +23,7 @@ from .aux_batchnorm import AuxBatchNorms, norms_behind
 from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
 from .compiler import is_compiled
 from .float16 import attack_gradients
+from .inventory import Inventory
 from .random_sources import random_sources
 from .randomness import RandomState, random_devices
 from .recording import Feature, Recording
@@ -78,11 +79,16 @@ class Engine:
         self._aux_checked = False
         self._replay: Replay | None = Replay(model, blocks)
         self._statistics = Statistics(model)
+        self._inventory = Inventory(model)
 
     @property
     def starts_from_clean(self) -> bool:
         """Whether the first step of an attack takes its gradient from the clean pass: delta = 0 must be that pass."""
         return self.perturbation.starts_from_clean and self.aux is None
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The model's parameters that require a gradient, as the last clean pass had them."""
+        return self._inventory.trainable()
 
     def record(self, input: Any, *, cut: Collection[str] = ()) -> Recording:
         """The clean pass.
@@ -92,6 +98,7 @@ class Engine:
             cut: Blocks at which the graph is cut.
         """
         replay = self._active_replay()
+        self._inventory.refresh()
         if self.aux is not None and not self._aux_checked:
             norms_behind(self.model, self.blocks, input)
             self._aux_checked = True

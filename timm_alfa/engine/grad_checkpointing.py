@@ -10,11 +10,13 @@ from types import FrameType
 import torch.utils.checkpoint
 from torch import nn
 
+from .inventory import Inventory
+
 
 @contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
+def without_checkpointing(inventory: Inventory) -> Iterator[None]:
     """Replays keep what their tails compute: a recomputation in backward would not see the perturbation."""
-    enabled = [module for module in model.modules() if module.__dict__.get("grad_checkpointing")]
+    enabled = inventory.checkpointing()
     try:
         for module in enabled:
             module.grad_checkpointing = False  # type: ignore[assignment]

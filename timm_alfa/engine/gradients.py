@@ -30,11 +30,13 @@ class Gradients:
         self.scale = loss_scale.value if self.float16 else 1.0
         self.loss_scale = loss_scale
         self.cuts = recording.cuts
-        self.weights = [parameter for parameter in engine.model.parameters() if parameter.requires_grad] + outer
+        self.weights: list[Tensor] = [*engine.trainable(), *outer]
+        self.index = {id(weight): index for index, weight in enumerate(self.weights)}
         self.others: list[Tensor] = []
         self.of_weights: list[Tensor | None] = [None] * len(self.weights)
-        self.ends = {id(tensor) for tensor in (*self.weights, *(leaf for cut in self.cuts for leaf in cut.leaves))}
-        self.outer = {(tensor.grad_fn, tensor.output_nr) for tensor in outer}
+        self.cut_ids = {id(leaf) for cut in self.cuts for leaf in cut.leaves}
+        first_outer = len(self.weights) - len(outer)
+        self.outer = {(tensor.grad_fn, tensor.output_nr): first_outer + index for index, tensor in enumerate(outer)}
         # At each cut, by order: of the clean loss alone (where an attack starts) and of the whole objective.
         self.clean: dict[int, list[Tensor | None]] = {cut.order: [None] * len(cut.leaves) for cut in self.cuts}
         self.total: dict[int, list[Tensor | None]] = {}
@@ -128,12 +130,12 @@ class Gradients:
             if gradient is not None or output.dim() == 0
         ]
         at_cuts = [leaf for cut in self.cuts[:before] for leaf in cut.leaves]
-        if with_weights:
-            self._find_weights([output for output, _ in pairs], leaves)
-        weights = self.weights if with_weights else []
+        reached = self._weights_behind([output for output, _ in pairs], leaves) if with_weights else []
+        weights = [self.weights[index] for index in reached]
         inputs = [*leaves, *at_cuts, *weights]
+        at_weights: list[Tensor | None] = [None] * len(self.weights)
         if not pairs or not inputs:
-            return [None] * len(leaves), [None] * len(at_cuts), [None] * len(weights)
+            return [None] * len(leaves), [None] * len(at_cuts), at_weights
         with torch.autocast(pairs[0][0].device.type, enabled=False), _without_hooks(weights):
             found = torch.autograd.grad(
                 [output for output, _ in pairs],
@@ -143,25 +145,47 @@ class Gradients:
                 allow_unused=True,
             )
         split = len(leaves) + len(at_cuts)
-        return list(found[: len(leaves)]), list(found[len(leaves) : split]), list(found[split:])
+        for index, gradient in zip(reached, found[split:], strict=True):
+            at_weights[index] = gradient
+        return list(found[: len(leaves)]), list(found[len(leaves) : split]), at_weights
 
-    def _find_weights(self, outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-        """Take in the leaves of this piece of the graph that are not known yet."""
-        ends = self.ends.union(map(id, leaves))
-        nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    def _weights_behind(self, outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[int]:
+        """Indices of the weights in this piece of the graph; leaves that are not known yet are taken in."""
+        others = self.cut_ids.union(map(id, leaves))
+        reached: set[int] = set()
+        nodes = []
+        for output in outputs:
+            if output.grad_fn is None:
+                self._reach(output, others, reached)
+            elif (output.grad_fn, output.output_nr) in self.outer:
+                reached.add(self.outer[output.grad_fn, output.output_nr])
+            else:
+                nodes.append(output.grad_fn)
         seen = set(nodes)
         while nodes:
-            for node, index in nodes.pop().next_functions:
-                if node is None or node in seen or (node, index) in self.outer:
+            for node, number in nodes.pop().next_functions:
+                if node is None or node in seen:
+                    continue
+                if (node, number) in self.outer:
+                    reached.add(self.outer[node, number])
                     continue
                 seen.add(node)
                 nodes.append(node)
                 leaf = getattr(node, "variable", None)  # only nodes that accumulate into a leaf have one
-                if leaf is not None and id(leaf) not in ends:
-                    self.others.append(leaf)
-                    self.weights.append(leaf)
-                    self.of_weights.append(None)
-                    self.ends.add(id(leaf))
+                if leaf is not None:
+                    self._reach(leaf, others, reached)
+        return sorted(reached)
+
+    def _reach(self, leaf: Tensor, others: set[int], reached: set[int]) -> None:
+        index = self.index.get(id(leaf))
+        if index is None:
+            if id(leaf) in others or not leaf.requires_grad:
+                return
+            index = self.index[id(leaf)] = len(self.weights)
+            self.others.append(leaf)
+            self.weights.append(leaf)
+            self.of_weights.append(None)
+        reached.add(index)
 
     def _accumulate_cuts(
         self, totals: dict[int, list[Tensor | None]], found: Sequence[Tensor | None], weight: float

@@ -17,6 +17,8 @@ def is_floating(leaf: Any) -> TypeGuard[Tensor]:
 
 def tensors_of(output: Any) -> list[Tensor]:
     """All tensors among the leaves."""
+    if isinstance(output, Tensor):
+        return [output]
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
@@ -27,4 +29,6 @@ def memory_of(tensors: Iterable[Tensor]) -> set[int]:
 
 def copied(output: Any) -> Any:
     """The same structure with every tensor cloned."""
+    if isinstance(output, Tensor):
+        return output.clone()
     return tree_map_only(Tensor, Tensor.clone, output)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .inventory import Inventory
 from .nested import tensors_of
 from .random_sources import Source
 
@@ -63,7 +64,8 @@ def step_generator(step: int, device: torch.device | str = "cpu", *, stream: int
     return generator
 
 
-def random_devices(model: nn.Module, args: tuple[Any, ...]) -> tuple[torch.device, ...]:
+def random_devices(model: nn.Module | Inventory, args: tuple[Any, ...]) -> tuple[torch.device, ...]:
     """The accelerators that a forward may draw random numbers on."""
-    devices = {tensor.device for tensor in (*tensors_of(args), *model.parameters()) if tensor.device.type != "cpu"}
-    return tuple(sorted(devices, key=str))
+    inventory = model if isinstance(model, Inventory) else Inventory(model)
+    devices = {tensor.device for tensor in tensors_of(args) if tensor.device.type != "cpu"}
+    return tuple(sorted(devices.union(inventory.accelerators()), key=str))

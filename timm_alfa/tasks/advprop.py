@@ -88,7 +88,7 @@ class AuxTask(PixelTask):
     @contextmanager
     def adversarial(self) -> Iterator[None]:
         """Around a pass that trains the auxiliary branches and moves their statistics, and no others."""
-        with self.aux.active(), self.statistics.kept_outside_batch_norms(), without_checkpointing(self.models.bare):
+        with self.aux.active(), self.statistics.kept_outside_batch_norms(), without_checkpointing(self.inventory):
             yield
 
     def method_state(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..engine.batchnorm import Statistics
 from ..engine.compiler import allow_second_walks
+from ..engine.inventory import Inventory
 from ..engine.random_sources import Source, random_sources
 from ..engine.randomness import RandomState, random_devices, step_generator
 from ..errors import UsageError
@@ -175,6 +176,7 @@ class PixelTask(MethodTask):
         super().__init__(*args, **kwargs)
         self.passes = 0  # training steps made: what a step draws follows from it
         self.statistics = Statistics(self.models.bare)
+        self.inventory = Inventory(self.models.bare)
         self._sources: tuple[Source, ...] | None = None
 
     def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
@@ -210,9 +212,10 @@ class PixelTask(MethodTask):
 
     def random_state(self, input: Tensor) -> RandomState:
         """The random state now, of the CPU, and of the accelerators and other sources that the model may draw from."""
+        self.inventory.refresh()
         if self._sources is None:
             self._sources = random_sources(self.models.bare)
-        return RandomState.capture(random_devices(self.models.bare, (input,)), self._sources)
+        return RandomState.capture(random_devices(self.inventory, (input,)), self._sources)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """For what this step draws besides the model's own draws."""
