@@ -14,6 +14,8 @@ from .float16 import is_float16
 from .hand_over import HandOver, LossScale
 from .recording import Cut, Recording
 
+WIDE = (torch.float32, torch.float64)  # gradients that are accumulated as they are
+
 
 class Gradients:
     """Gradients found so far: of the weights, and at the cuts of the clean graph, in multiples of ``scale``.
@@ -33,6 +35,7 @@ class Gradients:
         self.weights: list[Tensor] = [*engine.trainable(), *outer]
         self.index = {id(weight): index for index, weight in enumerate(self.weights)}
         self.others: list[Tensor] = []
+        self.bypassing: set[int] = set()  # cuts, by order, through which adversarial losses go
         self.of_weights: list[Tensor | None] = [None] * len(self.weights)
         self.cut_ids = {id(leaf) for cut in self.cuts for leaf in cut.leaves}
         first_outer = len(self.weights) - len(outer)
@@ -64,6 +67,7 @@ class Gradients:
             _accumulate(self.total[cut.order], gradients, weight)
         if self.mixed:
             self._accumulate_cuts(self.total, at_cuts, weight)
+        self._note_bypasses(at_cuts)
         return gradients
 
     def backward_piece(self, cut: Cut, attacks_left: bool) -> None:
@@ -95,8 +99,8 @@ class Gradients:
         found: list[tuple[Tensor, Tensor | None]] = list(zip(self.weights, self.of_weights, strict=True))
         found += zip(self.cuts[0].tensors, self._total_at(self.cuts[0]), strict=True)
         known = [(tensor, gradient) for tensor, gradient in found if gradient is not None]
-        gradients = [gradient for _, gradient in known]
-        handed: Tensor = HandOver.apply(loss, self.loss_scale, self.scale, gradients, *(tensor for tensor, _ in known))
+        tensors, gradients = [tensor for tensor, _ in known], [gradient for _, gradient in known]
+        handed: Tensor = HandOver.apply(loss, self.loss_scale, self.scale, gradients, *tensors)
         return handed
 
     def _backward_both(self, outputs: list[Tensor], gradients: Sequence[Tensor | None], before: int) -> None:
@@ -153,7 +157,7 @@ class Gradients:
         """Indices of the weights in this piece of the graph; leaves that are not known yet are taken in."""
         others = self.cut_ids.union(map(id, leaves))
         reached: set[int] = set()
-        nodes = []
+        index, nodes = self.index, []
         for output in outputs:
             if output.grad_fn is None:
                 self._reach(output, others, reached)
@@ -172,8 +176,13 @@ class Gradients:
                 seen.add(node)
                 nodes.append(node)
                 leaf = getattr(node, "variable", None)  # only nodes that accumulate into a leaf have one
-                if leaf is not None:
+                if leaf is None:
+                    continue
+                known = index.get(id(leaf))
+                if known is None:
                     self._reach(leaf, others, reached)
+                else:
+                    reached.add(known)
         return sorted(reached)
 
     def _reach(self, leaf: Tensor, others: set[int], reached: set[int]) -> None:
@@ -186,6 +195,20 @@ class Gradients:
             self.weights.append(leaf)
             self.of_weights.append(None)
         reached.add(index)
+
+    def _note_bypasses(self, at_cuts: Sequence[Tensor | None]) -> None:
+        """Which cuts an adversarial loss depends on; the others need not be made again."""
+        remaining = iter(at_cuts)
+        for cut in self.cuts:
+            part = [gradient for _, gradient in zip(cut.leaves, remaining, strict=False)]
+            if any(gradient is not None for gradient in part):
+                self.bypassing.add(cut.order)
+
+    def forget_idle_cuts(self) -> None:
+        """After all blocks were attacked: outputs that lead around none of them."""
+        for cut in self.cuts:
+            if cut.use is not None and cut.order not in self.bypassing:
+                cut.use.idle = True
 
     def _accumulate_cuts(
         self, totals: dict[int, list[Tensor | None]], found: Sequence[Tensor | None], weight: float
@@ -205,7 +228,8 @@ def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], wei
     for index, gradient in enumerate(found):
         if gradient is None:
             continue
-        gradient = gradient.to(working_dtype(gradient.dtype))
+        if gradient.dtype not in WIDE:
+            gradient = gradient.to(working_dtype(gradient.dtype))
         total = totals[index]
         if total is None:
             totals[index] = gradient if weight == 1 else gradient * weight
@@ -221,7 +245,7 @@ def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], wei
 @contextmanager
 def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Hooks on parameters are for the whole gradient, once a step: a walk that finds a part of it is not their call."""
-    hidden = [(hooks, dict(hooks)) for hooks in (tensor._backward_hooks for tensor in tensors) if hooks]
+    hidden = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
     try:
         for hooks, _ in hidden:
             hooks.clear()

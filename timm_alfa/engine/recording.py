@@ -48,12 +48,14 @@ class Cut:
         block: The chosen block's name, or ``None`` for an output that bypasses a block.
         tensors: The output's floating-point tensors, at the end of what came before.
         leaves: The same values, at the start of what came after.
+        use: What is known about an output that bypasses a block.
     """
 
     order: int
     block: str | None
     tensors: list[Tensor]
     leaves: list[Tensor]
+    use: OutputUse | None = None
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Recording:
         cuts: Where the graph was cut, in order of execution; empty unless asked for.
         start: Random state before the pass.
         end: Random state after it.
+        draws: Whether every call's random state was kept, or those of the blocks alone.
     """
 
     output: Any
@@ -86,6 +89,7 @@ class Recording:
     end: RandomState
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    draws: bool = True
     calls: dict[Region, list[Call]] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
 
@@ -103,6 +107,7 @@ class OutputUse:
 
     mutated: bool = False  # a later operation wrote into it
     read: bool = False  # a replay read it (most outputs only feed regions that do not compute)
+    idle: bool = False  # though read, no adversarial loss depended on it
 
 
 class OutputUses:
@@ -120,9 +125,10 @@ class OutputUses:
         """What is known about one output; at first nothing."""
         return self._by_call.setdefault(key, OutputUse())
 
-    def is_read(self, key: tuple[str, int]) -> bool:
-        """Whether a replay was seen to use this output: it bypasses a block."""
-        return key in self._by_call and self._by_call[key].read
+    def bypasses(self, key: tuple[str, int]) -> bool:
+        """Whether a replay was seen to use this output, and its loss to depend on it: it bypasses a block."""
+        use = self._by_call.get(key)
+        return use is not None and use.read and not use.idle
 
     def needs_copy(self, key: tuple[str, int]) -> bool:
         """Whether somebody else writes into this output while a replay needs it as it was."""
@@ -138,16 +144,25 @@ class RecordPass(Pass):
         uses: Of outputs, as earlier passes showed them.
         start: Random state before the pass.
         cut: Blocks at which to cut the graph.
+        draws: Whether the model draws random numbers, as far as is known: else only the blocks' states are kept.
         eager: Leave compiled code out: it would trace into intercepted calls inside it.
     """
 
     def __init__(
-        self, blocks: Collection[str], uses: OutputUses, start: RandomState, cut: Collection[str], eager: bool
+        self,
+        blocks: Collection[str],
+        uses: OutputUses,
+        start: RandomState,
+        cut: Collection[str],
+        *,
+        draws: bool,
+        eager: bool,
     ):
         self.blocks = blocks
         self.uses = uses
         self.start = start
         self.cut = cut
+        self.draws = draws
         self.eager = eager
         self.calls: dict[Region, list[Call]] = {}
         self.features: dict[str, Feature] = {}
@@ -170,8 +185,8 @@ class RecordPass(Pass):
         if region.is_block:
             output = self._keep_feature(region, output)
             self.order[region.name] = self.count
-        if region.name in self.cut or (self.cut and not region.is_block and self.uses.is_read(key)):
-            output = self._cut(region, output)
+        if region.name in self.cut or (self.cut and not region.is_block and self.uses.bypasses(key)):
+            output = self._cut(region, output, None if region.is_block else self.uses.of(key))
         handed = output
         if self.uses.needs_copy(key):
             handed = copied(handed)
@@ -179,7 +194,7 @@ class RecordPass(Pass):
             use = self.uses.of(key)
             self.copies.append((use, tensors_of(output), tensors, [tensor._version for tensor in tensors]))
         versions = [tensor._version for tensor in tensors_of(output)]
-        state = self.start.again()
+        state = self.start.again() if self.draws or region.is_block else self.start
         calls.append(Call(key, self.count, output, versions, state))
         self.count += 1
         return handed
@@ -220,9 +235,9 @@ class RecordPass(Pass):
         self.features[region.name] = Feature(tensors, leaves, spec, autocast)
         return tree_unflatten(leaves, spec)
 
-    def _cut(self, region: Region, output: Any) -> Any:
+    def _cut(self, region: Region, output: Any, use: OutputUse | None) -> Any:
         leaves, spec = tree_flatten(output)
-        cut = Cut(self.count, region.name if region.is_block else None, [], [])
+        cut = Cut(self.count, region.name if region.is_block else None, [], [], use)
         for index, leaf in enumerate(leaves):
             if is_floating(leaf) and leaf.requires_grad:
                 leaves[index] = leaf.detach().requires_grad_()

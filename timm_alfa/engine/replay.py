@@ -54,6 +54,7 @@ class Replay:
         self._optional: set[Region] = set()  # regions that some passes do without (layers dropped at random)
         self._uses = OutputUses(self.blocks)
         self._inventory = Inventory(model)
+        self._draws = True  # the model, random numbers; a pass without any shows that it does not
         self._sources: tuple[Source, ...] | None = None  # of random numbers, besides torch's; found in the first pass
         self._drawn_from: tuple[Source, ...] = ()  # those that some pass has drawn from
         self._writes_input: bool | None = None  # the model, into what it is given; the first pass shows it
@@ -95,7 +96,7 @@ class Replay:
         untouched = [source for source in self._sources if source not in self._drawn_from]
         states = [source.get() for source in untouched]
         start = RandomState.capture(random_devices(self._inventory, args), self._drawn_from)
-        pass_ = RecordPass(self.blocks, self._uses, start, cut, eager=self._known is None)
+        pass_ = RecordPass(self.blocks, self._uses, start, cut, draws=self._draws, eager=self._known is None)
         with intercept(self._candidates if self._known is None else self._known, pass_):
             output = self.model(*args, **(kwargs or {}))
         missing = [name for name in self.blocks if name not in pass_.order]
@@ -110,6 +111,7 @@ class Replay:
         pass_.note_mutations()
         self._note_regions(set(pass_.calls))
         end = start.again()
+        drew = moved(start.states, end.states) or moved(start.others, end.others)
         if first:
             moving = zip(start.sources, start.others, end.others, strict=True)
             self._drawn_from = tuple(source for source, before, after in moving if moved(before, after))
@@ -121,6 +123,12 @@ class Replay:
                 f"the model draws from {', '.join(source.name for source in late)}, which it did not in its first "
                 "step: the adversarial pass of this one step draws other numbers, later ones repeat them"
             )
+        elif drew and not self._draws:
+            _logger.warning(
+                "the model draws random numbers, which it did not in earlier steps: should it draw outside of its "
+                "submodules, the adversarial pass of this one step draws other numbers there; later ones repeat them"
+            )
+        self._draws = drew or bool(late)
         args_again, kwargs_again = kept if self._writes_input else given
         return Recording(
             output,
@@ -130,6 +138,7 @@ class Replay:
             end,
             args_again,
             kwargs_again,
+            pass_.draws,
             pass_.calls,
             pass_.order,
         )
@@ -207,6 +216,7 @@ class ReplayPass(Pass):
         self.block = block
         self.value = value
         self.detach = detach
+        self.draws = recording.draws
         last = recording.order[block]
         self.remembered = {
             region: [call for call in calls if call.order <= last] for region, calls in recording.calls.items()
@@ -230,7 +240,8 @@ class ReplayPass(Pass):
             )
         call = self.remembered[region][index]
         self.next_call[region] += 1
-        call.state.restore()
+        if self.draws or region.name == self.block:
+            call.state.restore()
         if region.name == self.block:
             self.reached = True
             return copied(self.value) if self.uses.needs_copy(call.key) else self.value

@@ -114,6 +114,8 @@ class TailByTailStep:
             penalty = self.objective.penalty(engine.eta.values)
             result.eta_gradient += torch.autograd.grad(penalty, engine.eta.values)[0]
             result.loss = result.loss + penalty.detach().to(result.loss)
+        if len(weights) == len(engine.blocks):
+            gradients.forget_idle_cuts()
         result.loss = gradients.hand_over(result.loss)
         result.others = gradients.others
         if result.loss.requires_grad:

@@ -286,3 +286,15 @@ def test_a_copy_draws_from_its_own_generators(again: Callable[[Any], Any]) -> No
     output = other(images, target)
     torch.testing.assert_close(output.adv_outputs["block"], output.output, rtol=1e-9, atol=0)
     assert alfa.module.own.getstate() == before
+
+
+def test_dropout_that_is_switched_on_later_is_replayed_from_its_first_step(caplog: pytest.LogCaptureFixture) -> None:
+    model = Small(drop=0.0).train()
+    task = AlfaTask(model, F.cross_entropy, ["stem", "block"], alpha=1e-30, verbose=False)
+    images, target = batch(8, dtype=torch.float32)
+    for rate in (0.0, 0.0, 0.0, 0.5, 0.5):
+        model.drop.p = rate
+        result = task(images, target)
+        for loss in result["loss_adv_by_block"].values():
+            assert torch.equal(loss, result["loss_clean"])
+    assert sum("draws random numbers, which it did not" in message for message in caplog.messages) <= 1
