@@ -16,6 +16,7 @@ from training_images import make_image_folder
 
 from timm_alfa.bench.finetune import command as finetune
 from timm_alfa.bench.finetune.data import Images, draw, read_folder
+from timm_alfa.bench.finetune.plots import draw as draw_pictures
 from timm_alfa.bench.finetune.report import render
 from timm_alfa.bench.finetune.run import BINS, METHODS, Arm, Batches, Setting, Trainer, evaluate
 from timm_alfa.errors import UsageError
@@ -200,3 +201,24 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
         Image.new("RGB", (width, 8 if width == 8 else 10)).save(tmp_path / name / "0.png")
     with pytest.raises(UsageError, match="is 10 pixels wide, the first image 8; expected one size"):
         read_folder(tmp_path)
+
+
+def test_pictures_of_what_the_runs_have_enough_of(tmp_path: Path) -> None:
+    def run(arm: str, seed: int, asked: int, top1: float) -> dict[str, Any]:
+        bins = [[30.0, 15.0 + place, 10.0 + place] for place in range(BINS)]
+        return {"arm": arm, "seed": seed, "asked": asked, "top1": top1, "nll": 1.0 - top1 / 1000, "bins": bins}
+
+    arms = {"plain": 0, "alfa:block=blocks.2,alpha=2%": 2, "noise": 1}
+    runs = [run(arm, seed, 500, 60 + seed + gain) for seed in range(3) for arm, gain in arms.items()]
+    assert [path.name for path in draw_pictures(tmp_path, runs, "plain")] == ["reliability.png"]
+    runs += [run("alfa:block=blocks.2,alpha=5%", seed, 500, 64) for seed in range(3)]
+    runs += [run("alfa:block=blocks.2,alpha=5%,steps=3", seed, 500, 99) for seed in range(3)]  # not a point of the line
+    runs += [run("plain", 0, 250, 50)]
+    names = ["gain-against-alpha.png", "accuracy-against-n.png", "reliability.png"]
+    assert [path.name for path in draw_pictures(tmp_path, runs, "plain")] == names
+    assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--output .*: has no runs\.jsonl with a finished run"):
+        finetune.main(["--report", "--output", str(tmp_path)])

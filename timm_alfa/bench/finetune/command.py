@@ -21,6 +21,7 @@ import torch.multiprocessing
 from ...errors import UsageError
 from .. import common
 from .data import Images, read_folder
+from .plots import draw
 from .report import render
 from .run import Arm, Setting, Trainer
 
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--output", default="output/finetune", metavar="DIR")
-    add("--report", action="store_true", help="print a table of the runs so far, train nothing")
+    add("--report", action="store_true", help="print a table of the runs so far and draw them, train nothing")
     add("--against", default="plain", metavar="ARM", help="with --report: the arm that gains are counted from")
     return parser
 
@@ -81,7 +82,12 @@ def main(argv: Sequence[str]) -> None:
     args = build_parser().parse_args(argv)
     path = Path(args.output) / RUNS_FILE
     if args.report:
-        print(render(read_runs(path), args.against))
+        runs = read_runs(path)
+        if not runs:
+            raise UsageError(f"--output {args.output}: has no {RUNS_FILE} with a finished run")
+        print(render(runs, args.against))
+        for picture in draw(path.parent, runs, args.against):
+            print(f"\nPicture: {picture}")
         return
     arms = [Arm.parse(text) for text in args.arms]
     if not timm.is_model(args.model):
