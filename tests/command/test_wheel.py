@@ -106,7 +106,9 @@ def test_the_sdist_holds_what_tests_and_a_build_need(dist: Path):
         "results",
         "docs",
         "mkdocs.yml",
+        "CITATION.cff",
         "CONTRIBUTING.md",
+        "SECURITY.md",
     }
 
 
