@@ -147,6 +147,11 @@ class Moments(Pgd):
     but per sample, and with the clean moments detached.
 
     Attributes:
+        alpha: Step size, above 0, a share of mean and deviation.
+        steps: K, at least 1.
+        eps: Bound of the shares, or of their norm; ``None`` for none.
+        norm: ``"linf"`` or ``"l2"``, over all shares of a sample.
+        init: The shares start at 0, or uniform in [-eps, eps].
         channels_last: Whether 4-dimensional features are [B, H, W, C]; sequences [B, N, C] always are.
     """
 
