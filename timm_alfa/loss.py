@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .eta import l1_norm
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Reduction = Literal["sum", "mean"]
 REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean")
+Objective = Literal["ce", "kl"]
+OBJECTIVES: tuple[Objective, ...] = ("ce", "kl")
 
 
 @dataclass
@@ -45,9 +48,12 @@ class AlfaLoss:
         gamma: Weight of ||eta||_1, at least 0; without effect unless eta is learned.
         reduction: ``"sum"`` is the paper's Eq. 3 and 5. ``"mean"`` is (clean + lam * mean of the adversarial terms)
             / (1 + lam), which for lam = 1 is the released code's (clean + adversarial) / 2.
+        objective: What an adversarial term is: ``"ce"``, the criterion on the perturbed output (Eq. 3), or ``"kl"``,
+            KL(p(clean) || p(perturbed)) with the clean prediction detached, as in VAT and SMART. The attack raises the
+            criterion in both cases.
 
     Raises:
-        ValueError: A weight is negative or not finite, or the reduction is unknown.
+        ValueError: A weight is negative or not finite, or the reduction or the objective is unknown.
     """
 
     def __init__(
@@ -56,13 +62,17 @@ class AlfaLoss:
         lam: float = 1.0,
         gamma: float = 0.0,
         reduction: Reduction = "sum",
+        objective: Objective = "ce",
     ):
         for name, value in (("lam", lam), ("gamma", gamma)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: expected a finite number of at least 0, found {value}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, found {reduction!r}")
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {objective!r}")
         self.criterion = criterion
+        self.objective = objective
         self.lam = lam
         self.gamma = gamma
         self.reduction = reduction
@@ -76,7 +86,8 @@ class AlfaLoss:
         """
         clean = scalar_loss(self.criterion, alfa_output.output, target)
         adversarial = {
-            name: scalar_loss(self.criterion, output, target) for name, output in alfa_output.adv_outputs.items()
+            block: self.adversarial_term(output, alfa_output.output, target)
+            for block, output in alfa_output.adv_outputs.items()
         }
         loss = self.combine(clean, list(adversarial.values()))
         eta = alfa_output.eta
@@ -84,6 +95,18 @@ class AlfaLoss:
         if eta.requires_grad and self.gamma:
             loss = loss + self.penalty(eta).to(loss)
         return AlfaLossOutput(loss, clean.detach(), {name: value.detach() for name, value in adversarial.items()}, l1)
+
+    def adversarial_term(self, output: Any, clean_output: Any, target: Any) -> Tensor:
+        """One block's adversarial loss, a scalar.
+
+        Args:
+            output: Of the model, with the block's feature perturbed.
+            clean_output: Of the clean pass; ``"kl"`` compares with it.
+            target: Whatever the criterion takes.
+        """
+        if self.objective == "kl":
+            return divergence(clean_output, output)
+        return scalar_loss(self.criterion, output, target)
 
     def combine(self, clean: Tensor, adversarial: list[Tensor]) -> Tensor:
         """The clean and adversarial terms together; never the same tensor as ``clean``.
@@ -111,6 +134,27 @@ class AlfaLoss:
         if self.reduction == "sum":
             return 1.0, self.lam
         return 1 / (1 + self.lam), self.lam / (count * (1 + self.lam))
+
+
+def divergence(clean: Any, perturbed: Any) -> Tensor:
+    """KL(p(clean) || p(perturbed)), averaged over the batch; no gradient flows into the clean prediction.
+
+    Args:
+        clean: Logits [B, num_classes].
+        perturbed: The same with a feature perturbed.
+
+    Raises:
+        TypeError: The outputs are no logits.
+    """
+    for output in (clean, perturbed):
+        if not (isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()):
+            raise TypeError(
+                f"objective 'kl': expected a model that returns logits [B, num_classes], found {_described(output)}; "
+                "use 'ce'"
+            )
+    wide = torch.promote_types(perturbed.dtype, torch.float32)
+    log_p, log_q = (output.to(wide).log_softmax(dim=1) for output in (clean.detach(), perturbed))
+    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def scalar_loss(criterion: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:

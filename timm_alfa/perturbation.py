@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from . import pgd
 from .engine.randomness import step_generator
 from .pgd import INITS, NORMS, Init, Norm
 from .sizes import Relative, Size, checked_size, describe_size, parse_size
 
-__all__ = ["Gaussian", "Perturbation", "Pgd"]
+__all__ = ["Gaussian", "Moments", "Perturbation", "Pgd"]
+
+Space = Literal["values", "moments"]
+SPACES: tuple[Space, ...] = ("values", "moments")
 
 GradientAt: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
@@ -132,6 +136,123 @@ class Pgd:
         if self.eps is not None:
             bound = f"eps {self.eps}" if isinstance(self.eps, Relative) else f"eps {self.eps:.4g}"
         return f"PGD-{self.steps}, alpha {describe_size(parse_size(self.alpha))}, {self.norm}, {bound}"
+
+
+@dataclass(frozen=True)
+class Moments(Pgd):
+    """PGD on the mean and the deviation of every channel: f' = (1 + m) mean + (1 + s) (f - mean).
+
+    m and s are found per sample and channel by Eq. 4; the feature's delta is m mean + s (f - mean). alpha and eps are
+    shares of mean and deviation, ``0.05`` or ``"5%"``. In ``l2`` a step has the length of one in ``linf``. As AdvBN,
+    but per sample, and with the clean moments detached.
+
+    Attributes:
+        alpha: Step size, above 0, a share of mean and deviation.
+        steps: K, at least 1.
+        eps: Bound of the shares, or of their norm; ``None`` for none.
+        norm: ``"linf"`` or ``"l2"``, over all shares of a sample.
+        init: The shares start at 0, or uniform in [-eps, eps].
+        channels_last: Whether 4-dimensional features are [B, H, W, C]; sequences [B, N, C] always are.
+    """
+
+    channels_last: bool = False
+
+    def find(
+        self,
+        feature: Sequence[Tensor],
+        gradient_at: GradientAt,
+        first_gradient: Sequence[Tensor] | None,
+        *,
+        step: int,
+        index: int,
+    ) -> list[Tensor]:
+        """Delta of the feature after K steps on its moments.
+
+        Args:
+            feature: The block's floating-point tensors, [B, ...] each.
+            gradient_at: d crit(T_i(f_i + delta), y) / d delta, by one tail replay.
+            first_gradient: The same at delta = 0, where it is known.
+            step: Training step, counted from 1.
+            index: Of the block among the perturbed ones.
+        """
+        parts = [self._split(tensor) for tensor in feature]
+
+        def delta_of(shares: Sequence[Tensor]) -> list[Tensor]:
+            pairs = zip(shares[::2], shares[1::2], parts, strict=True)
+            return [m * mean + s * centred for m, s, (mean, centred, _) in pairs]
+
+        def at_shares(gradients: Sequence[Tensor]) -> list[Tensor]:
+            found = []
+            for gradient, (mean, centred, dims) in zip(gradients, parts, strict=True):
+                wide = gradient.to(mean.dtype)
+                found += [_sum(wide * mean, dims), _sum(wide * centred, dims)]
+            return found
+
+        shares = [torch.zeros_like(mean) for mean, _, _ in parts for _ in range(2)]
+        entries = sum(part.numel() for part in shares) / min(len(part) for part in shares)
+        scale = entries**0.5 if self.norm == "l2" else 1.0
+        alpha = scale * _share(self.alpha)
+        eps = None if self.eps is None else scale * _share(self.eps)
+        if self.init == "uniform":
+            assert eps is not None
+            shares = pgd.uniform(shares, eps / scale, step_generator(step, feature[0].device))
+        known = first_gradient is not None and self.init == "zero"
+        if first_gradient is not None and known:
+            shares = pgd.pgd_step(None, at_shares(first_gradient), alpha=alpha, norm=self.norm, eps=eps)
+        shares = pgd.pgd(
+            lambda found: at_shares(gradient_at(delta_of(found))),
+            shares,
+            steps=self.steps - known,
+            alpha=alpha,
+            norm=self.norm,
+            eps=eps,
+        )
+        return delta_of(shares)
+
+    def describe(self) -> str:
+        """As PGD's, on moments."""
+        return f"{super().describe()}, on moments"
+
+    def _split(self, tensor: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """The channels' means, what is left of the feature without them, and the dimensions of the mean."""
+        values = tensor.detach().to(pgd.working_dtype(tensor.dtype))
+        last = values.dim() == 3 or (values.dim() > 3 and self.channels_last)
+        dims = tuple(range(1, values.dim() - 1)) if last else tuple(range(2, values.dim()))
+        mean = values.mean(dim=dims, keepdim=True) if dims else values
+        return mean, values - mean, dims
+
+
+def pgd_in(
+    space: Space, model: nn.Module, alpha: Size | str, steps: int, eps: Size | str | None, norm: Norm, init: Init
+) -> Pgd:
+    """PGD on a feature's values or on its moments.
+
+    Args:
+        space: Which.
+        model: Says, as timm's models do in ``output_fmt``, whether channels come last.
+        alpha: Step size.
+        steps: How many.
+        eps: Radius of the ball.
+        norm: Geometry of step and ball.
+        init: Where to start.
+
+    Raises:
+        ValueError: There is no such space.
+    """
+    if space not in SPACES:
+        raise ValueError(f"space: expected one of {', '.join(SPACES)}, found {space!r}")
+    if space == "values":
+        return Pgd(alpha, steps, eps, norm, init)
+    return Moments(alpha, steps, eps, norm, init, str(getattr(model, "output_fmt", "")).endswith("NHWC"))
+
+
+def _share(size: Size | str) -> float:
+    size = parse_size(size)
+    return size.share if isinstance(size, Relative) else size
+
+
+def _sum(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return values.sum(dim=dims, keepdim=True) if dims else values
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .engine.batchnorm import BatchNormMode
 from .engine.compiler import stays_eager
 from .engine.core import Engine, Gradient, check_model
 from .eta import Eta, EtaSet, EtaStepper
-from .perturbation import Perturbation, Pgd
+from .perturbation import Perturbation, Pgd, Space, pgd_in
 from .pgd import Init, Norm
 from .sizes import Relative
 
@@ -63,6 +63,8 @@ class AlfaWrapper(nn.Module):
         norm: ``"linf"`` steps along sgn(g), ``"l2"`` along g / ||g||_2 per sample; also the norm of the ball.
         init: delta starts at 0 (``"zero"``; the first step then takes its gradient from the clean pass), or uniform
             in [-eps, eps] (``"uniform"``).
+        space: ``"values"`` perturbs the feature itself, ``"moments"`` the mean and deviation of its channels; alpha and
+            eps are then shares of these, see :class:`~timm_alfa.perturbation.Moments`.
         grad: ``"full"``: the adversarial terms also train what comes before the block (Eq. 3). ``"tail"``: the feature
             is detached, as in the released code; what reaches the loss around the block stays connected.
         bn: ``"clean"``: running statistics move with the clean pass only. ``"shared"``: with every pass. ``"aux"``:
@@ -71,7 +73,7 @@ class AlfaWrapper(nn.Module):
         learnable: L-ALFA: eta is learned (Eq. 5). Otherwise eta is 1.
         eta_set: P, the set onto which eta is projected: ``"hyperplane"`` or ``"simplex"``.
         eta_lr: Learning rate of eta's own SGD, above 0; see :meth:`follow`.
-        perturbation: Another way to find delta, in place of alpha, steps, eps, norm and init.
+        perturbation: Another way to find delta, in place of alpha, steps, eps, norm, init and space.
 
     Attributes:
         module: The model.
@@ -93,6 +95,7 @@ class AlfaWrapper(nn.Module):
         eps: float | str | Relative | None = Pgd.eps,
         norm: Norm = Pgd.norm,
         init: Init = Pgd.init,
+        space: Space = "values",
         grad: Gradient = "full",
         bn: BatchNormMode = "clean",
         learnable: bool = False,
@@ -103,7 +106,7 @@ class AlfaWrapper(nn.Module):
         super().__init__()
         check_model(model)
         if perturbation is None:
-            perturbation = Pgd(alpha, steps, eps, norm, init)
+            perturbation = pgd_in(space, model, alpha, steps, eps, norm, init)
         eta = partial(Eta, learnable=learnable, eta_set=eta_set, lr=eta_lr)
         self.engine = Engine(model, criterion, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, eta=eta)
         self.module = model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,8 +40,7 @@ def sweep_sizes(
     batches: Iterable[tuple[Any, Any]],
     *,
     shares: Sequence[float] = SHARES,
-    steps: int = 1,
-    norm: Any = "linf",
+    pgd: Pgd,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, list[Effect]]:
     """Perturb every block by every size. The model's statistics and the random state stay as they are.
@@ -50,8 +49,7 @@ def sweep_sizes(
         engine: Of a model in training mode.
         batches: Inputs and targets, on the model's device.
         shares: Sizes to try.
-        steps: Of the attack.
-        norm: Of the attack.
+        pgd: The attack, whose size is tried.
         autocast: Makes the context of forwards.
 
     Returns:
@@ -68,7 +66,7 @@ def sweep_sizes(
                     clean = scalar_loss(engine.criterion, recording.output, target).item()
                     chosen = _chosen(recording.output)
                     for index, share in enumerate(shares):
-                        engine.perturbation = Pgd(Relative(share), steps=steps, norm=norm)
+                        engine.perturbation = replace(pgd, alpha=Relative(share), eps=None, init="zero")
                         gradients = engine.clean_gradients(recording, target)
                         for block in engine.blocks:
                             delta = engine.find_delta(recording, block, target, gradients.get(block))

@@ -144,9 +144,9 @@ class TailByTailStep:
         perturbed = [
             part.detach().requires_grad_() for part in engine.perturbed(block, feature, feature.tensors, delta)
         ]
-        loss = scalar_loss(
-            self.objective.criterion, engine.replay(recording, block, feature.rebuild(perturbed)), target
-        )
+        output = engine.replay(recording, block, feature.rebuild(perturbed))
+        loss = self.objective.adversarial_term(output, result.output, target)
+        del output
         result.adversarial[block] = loss.detach()
         result.loss = result.loss + weight * result.adversarial[block]
         result.finite[f"feature of {block}"] = is_finite(feature.tensors)

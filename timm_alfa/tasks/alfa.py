@@ -20,8 +20,8 @@ from ..engine.core import GRADIENTS, Engine, Gradient, check_model
 from ..engine.tail_by_tail import TailByTailStep
 from ..errors import BlockError, UsageError
 from ..eta import ETA_SETS, Eta, EtaSet, EtaStepper
-from ..loss import REDUCTIONS, AlfaLoss, Reduction
-from ..perturbation import Perturbation, Pgd
+from ..loss import OBJECTIVES, REDUCTIONS, AlfaLoss, Objective, Reduction
+from ..perturbation import SPACES, Perturbation, Pgd, Space, pgd_in
 from ..pgd import INITS, NORMS, Init, Norm
 from ..sizes import Relative
 from .base import MethodTask
@@ -77,6 +77,16 @@ FLAGS = (
         argument="init", source="Eq. 4",
     ),
     Flag(
+        "alfa_space", "values", "what is perturbed: the feature's values, or the mean and deviation of its channels "
+        "(alpha is then a share, such as 5%%)", choices=SPACES, group=ATTACK, argument="space",
+        source="AdvBN",
+    ),
+    Flag(
+        "alfa_objective", "ce", "an adversarial term: the loss on the perturbed output, or the divergence of its "
+        "prediction from the clean one", choices=OBJECTIVES, group=OBJECTIVE, argument="objective",
+        source="Eq. 3; kl as in VAT",
+    ),
+    Flag(
         "alfa_lambda", 1.0, "weight of the adversarial losses; 0 is plain training", number, expected=WEIGHT,
         valid=at_least_zero, group=OBJECTIVE, argument="lam", source="lambda in Eq. 3",
     ),
@@ -125,8 +135,9 @@ class AlfaTask(MethodTask):
     ``AlfaLoss(criterion)(AlfaWrapper(model, ...)(input, target), target)``, but each tail is differentiated once and
     freed at once, see :mod:`timm_alfa.engine.tail_by_tail`.
 
-    ``alpha``, ``steps``, ``eps``, ``norm``, ``init``, ``grad``, ``bn``, ``learnable`` and ``eta_set`` are as for
-    :class:`~timm_alfa.AlfaWrapper`. ``lam``, ``gamma`` and ``reduction`` are as for :class:`~timm_alfa.AlfaLoss`.
+    ``alpha``, ``steps``, ``eps``, ``norm``, ``init``, ``space``, ``grad``, ``bn``, ``learnable`` and ``eta_set`` are as
+    for :class:`~timm_alfa.AlfaWrapper`. ``lam``, ``gamma``, ``reduction`` and ``objective`` are as for
+    :class:`~timm_alfa.AlfaLoss`.
 
     Args:
         model: The model to train, on its device.
@@ -137,7 +148,7 @@ class AlfaTask(MethodTask):
         sample_blocks: Perturb this many of the r blocks per step, drawn anew each time, alike on all ranks, and
             weighted r / N so that the objective's mean stays the same; ``None`` perturbs all.
         seed: Of the draws of ``sample_blocks``.
-        perturbation: Another way to find delta, in place of alpha, steps, eps, norm and init.
+        perturbation: Another way to find delta, in place of alpha, steps, eps, norm, init and space.
         device: Device of the task.
         dtype: Dtype of the task.
         verbose: Log what the task does.
@@ -162,11 +173,13 @@ class AlfaTask(MethodTask):
         eps: float | str | Relative | None = Pgd.eps,
         norm: Norm = Pgd.norm,
         init: Init = Pgd.init,
+        space: Space = "values",
         grad: Gradient = "full",
         bn: BatchNormMode = "clean",
         lam: float = 1.0,
         gamma: float = 0.0,
         reduction: Reduction = "sum",
+        objective: Objective = "ce",
         learnable: bool = False,
         eta_set: EtaSet = "hyperplane",
         eta_lr: float = 0.01,
@@ -182,7 +195,7 @@ class AlfaTask(MethodTask):
         )
         check_model(model)
         if perturbation is None:
-            perturbation = Pgd(alpha, steps, eps, norm, init)
+            perturbation = pgd_in(space, model, alpha, steps, eps, norm, init)
         eta = partial(Eta, learnable=learnable, eta_set=eta_set, lr=eta_lr)
         self.engine = Engine(
             model, self.criterion, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, eta=eta
@@ -195,9 +208,9 @@ class AlfaTask(MethodTask):
             _logger.info(f"blocks {' '.join(asked)}: {', '.join(found)}")
         self.sample_blocks = sample_blocks
         self.seed = seed
-        self.objective = AlfaLoss(self.criterion, lam, gamma, reduction)
+        self.objective = AlfaLoss(self.criterion, lam, gamma, reduction, objective)
         self.step = TailByTailStep(self.engine, self.objective)
-        self.monitor = FeatureMonitor(self.reported, self.device, self.engine)
+        self.monitor = FeatureMonitor(self.reported, self.device, self.engine, divergence=objective == "kl")
         self._others_noted = False
         self._advised: set[str] = set()  # blocks
         self._described = False
@@ -335,8 +348,9 @@ class AlfaTask(MethodTask):
         engine, loss = self.engine, self.objective
         infos = [info for info in list_blocks(engine.model, input_size, depth=None) if info.name in engine.blocks]
         title = f"L-ALFA ({engine.eta.eta_set}, gamma {loss.gamma:g})" if engine.eta.learnable else self.title
+        kind = ", divergence" if loss.objective == "kl" else ""
         head = (
-            f"{title}: {engine.perturbation.describe()}, lambda {loss.lam:g}, {loss.reduction}, "
+            f"{title}: {engine.perturbation.describe()}, lambda {loss.lam:g}, {loss.reduction}{kind}, "
             f"gradients {engine.grad}, batch norm {engine.bn}"
         )
         return [head, *format_blocks(infos).splitlines()]

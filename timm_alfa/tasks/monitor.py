@@ -59,14 +59,16 @@ class FeatureMonitor(LossMonitor):
         names: Keys of a step's result, each a scalar.
         device: Of the processes' exchange, where nothing was measured.
         engine: Whose blocks, eta and step count are shown.
+        divergence: Whether adversarial losses are divergences, which are a rise of the loss by themselves.
     """
 
     NORM_INTERVAL = 10
     """Norms of the perturbations are taken in every tenth step since the last :meth:`take`, from its first: they read
     every feature once more."""
 
-    def __init__(self, names: Sequence[str], device: torch.device, engine: Engine):
+    def __init__(self, names: Sequence[str], device: torch.device, engine: Engine, *, divergence: bool = False):
         super().__init__(names, device)
+        self.divergence = divergence
         self.engine = engine
         self._by_block = {block: _Mean() for block in engine.blocks}
         self._norms = {block: _Mean() for block in engine.blocks}
@@ -105,7 +107,8 @@ class FeatureMonitor(LossMonitor):
         """
         metrics = super().take()
         for block in self.engine.blocks:
-            metrics[f"loss_rise_{block}"] = metrics[f"loss_rise_{block}"] / metrics["loss_clean"] - 1
+            share = metrics[f"loss_rise_{block}"] / metrics["loss_clean"]
+            metrics[f"loss_rise_{block}"] = share if self.divergence else share - 1
         if self.engine.eta.learnable:
             values = self.engine.eta.values.tolist()
             metrics |= {f"eta_{block}": value for block, value in zip(self.engine.blocks, values, strict=True)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..engine.batchnorm import BATCH_NORM_MODES, BatchNormMode
 from ..engine.core import GRADIENTS, Gradient
 from ..errors import BlockError, UsageError
-from ..loss import REDUCTIONS, Reduction
+from ..loss import OBJECTIVES, REDUCTIONS, Objective, Reduction
 from ..perturbation import Gaussian
 from ..sizes import Relative
 from .alfa import AlfaTask
@@ -38,6 +38,10 @@ FLAGS = (
         argument="reduction",
     ),
     Flag(
+        "noise_objective", "ce", "as --alfa-objective; with kl this is R3F's noise", choices=OBJECTIVES,
+        argument="objective",
+    ),
+    Flag(
         "noise_grad", "full", "whether they also train the layers before their block", choices=GRADIENTS,
         argument="grad",
     ),
@@ -49,8 +53,8 @@ FLAGS = (
 class NoiseTask(AlfaTask):
     """crit(model(x), y) + lam * sum_i crit(T_i(f_i + noise_i), y).
 
-    ``model``, ``criterion``, ``blocks``, ``criterion_kwargs``, ``lam``, ``reduction``, ``grad``, ``bn``, ``device``,
-    ``dtype`` and ``verbose`` are as for :class:`~timm_alfa.AlfaTask`.
+    ``model``, ``criterion``, ``blocks``, ``criterion_kwargs``, ``lam``, ``reduction``, ``objective``, ``grad``, ``bn``,
+    ``device``, ``dtype`` and ``verbose`` are as for :class:`~timm_alfa.AlfaTask`.
 
     Args:
         sigma: Standard deviation of the noise, at least 0, in units of the feature, or as a share of its rms, ``"2%"``.
@@ -72,6 +76,7 @@ class NoiseTask(AlfaTask):
         criterion_kwargs: dict[str, Any] | None = None,
         lam: float = 1.0,
         reduction: Reduction = "sum",
+        objective: Objective = "ce",
         grad: Gradient = "full",
         bn: BatchNormMode = "clean",
         device: torch.device | None = None,
@@ -86,6 +91,7 @@ class NoiseTask(AlfaTask):
             perturbation=Gaussian(sigma),
             lam=lam,
             reduction=reduction,
+            objective=objective,
             grad=grad,
             bn=bn,
             device=device,

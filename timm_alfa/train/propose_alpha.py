@@ -60,7 +60,7 @@ def propose_alpha(
             break
     pgd = engine.perturbation
     assert isinstance(pgd, Pgd)
-    effects = sweep_sizes(engine, held_back, steps=pgd.steps, norm=pgd.norm, autocast=autocast)
+    effects = sweep_sizes(engine, held_back, pgd=pgd, autocast=autocast)
     lines = [
         f"What alpha does after {trained} plain steps, on {len(held_back)} batches "
         f"(rise of the loss / predictions that change):",

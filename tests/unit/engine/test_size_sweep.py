@@ -23,7 +23,7 @@ def test_effects_are_those_of_a_plain_step(steps: int) -> None:
     before = copy.deepcopy(model.state_dict())
     engine = Engine(model, F.cross_entropy, {"stem": model.stem, "block": model.block}, Pgd())
     state = torch.get_rng_state()
-    found = sweep_sizes(engine, [(images, target)], shares=(0.01, 0.2), steps=steps, autocast=nullcontext)
+    found = sweep_sizes(engine, [(images, target)], shares=(0.01, 0.2), pgd=Pgd(steps=steps), autocast=nullcontext)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (engine.perturbation, engine.passes) == (Pgd(), 0)

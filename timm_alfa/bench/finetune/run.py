@@ -42,6 +42,8 @@ class Arm:
         steps: Of the attack.
         norm: Of the attack.
         reduction: ``mean`` or ``sum``.
+        objective: ``ce`` or ``kl``.
+        space: ``values`` or ``moments``.
         rho: Radius of SAM and ASAM.
         smoothing: Label smoothing.
         mixup: alpha of Mixup; 0 for none.
@@ -58,6 +60,8 @@ class Arm:
     steps: int = 1
     norm: str = "linf"
     reduction: str = "mean"
+    objective: str = "ce"
+    space: str = "values"
     rho: float = 0.05
     smoothing: float = 0.0
     mixup: float = 0.0
@@ -209,10 +213,10 @@ class Trainer:
 
 def _backward(arm: Arm, model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
     """A step's forward and backward passes; returns the loss."""
-    common: Any = {"reduction": arm.reduction, "verbose": False}
+    common: Any = {"reduction": arm.reduction, "objective": arm.objective, "verbose": False}
     if arm.method == "alfa":
-        norm: Any = arm.norm
-        task: Any = AlfaTask(model, criterion, arm.block, alpha=arm.alpha, steps=arm.steps, norm=norm, **common)
+        common |= {"steps": arm.steps, "norm": arm.norm, "space": arm.space}
+        task: Any = AlfaTask(model, criterion, arm.block, alpha=arm.alpha, **common)
     elif arm.method == "noise":
         task = NoiseTask(model, criterion, arm.block, sigma=arm.alpha, **common)
     else:

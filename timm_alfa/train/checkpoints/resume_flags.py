@@ -39,10 +39,10 @@ class Fate(enum.Enum):
 _NAMES: dict[Fate, str] = {
     Fate.EFFECTIVE: """
         alfa_list_blocks alfa_dry_run alfa_alpha alfa_steps alfa_eps alfa_norm alfa_init alfa_lambda alfa_reduction
-        alfa_grad alfa_gamma alfa_eta_lr alfa_sample_blocks
+        alfa_grad alfa_gamma alfa_eta_lr alfa_sample_blocks alfa_space alfa_objective
         advprop_eps advprop_alpha advprop_steps advprop_init advprop_targeted advprop_attack_bn advprop_reduction
         fast_advprop_share fast_advprop_eps fast_advprop_alpha
-        noise_sigma noise_lambda noise_reduction noise_grad
+        noise_sigma noise_lambda noise_reduction noise_objective noise_grad
         moex_lambda moex_prob pgd_at_eps pgd_at_alpha pgd_at_steps pgd_at_init
         data data_dir dataset train_split train_fraction test_split train_num_samples val_num_samples dataset_download
         class_map input_img_mode input_key target_key dataset_trust_remote_code
