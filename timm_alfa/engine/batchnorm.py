@@ -26,10 +26,11 @@ class Statistics:
 
     Args:
         model: Looked through once; modules added later are not seen.
+        inventory: Of the model.
     """
 
-    def __init__(self, model: nn.Module):
-        self._inventory = Inventory(model)
+    def __init__(self, model: nn.Module, inventory: Inventory | None = None):
+        self._inventory = Inventory(model) if inventory is None else inventory
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._others = [
             (module, name)

@@ -23,7 +23,6 @@ from .aux_batchnorm import AuxBatchNorms, norms_behind
 from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
 from .compiler import is_compiled
 from .float16 import attack_gradients
-from .inventory import Inventory
 from .random_sources import random_sources
 from .randomness import RandomState, random_devices
 from .recording import Feature, Recording
@@ -78,8 +77,8 @@ class Engine:
         self.aux = AuxBatchNorms(model) if bn == "aux" else None
         self._aux_checked = False
         self._replay: Replay | None = Replay(model, blocks)
-        self._statistics = Statistics(model)
-        self._inventory = Inventory(model)
+        self._inventory = self._replay.inventory
+        self._statistics = Statistics(model, self._inventory)
 
     @property
     def starts_from_clean(self) -> bool:
@@ -98,7 +97,6 @@ class Engine:
             cut: Blocks at which the graph is cut.
         """
         replay = self._active_replay()
-        self._inventory.refresh()
         if self.aux is not None and not self._aux_checked:
             norms_behind(self.model, self.blocks, input)
             self._aux_checked = True

@@ -53,7 +53,7 @@ class Replay:
         self._known: list[Region] | None = None  # the regions, once a clean pass has shown them
         self._optional: set[Region] = set()  # regions that some passes do without (layers dropped at random)
         self._uses = OutputUses(self.blocks)
-        self._inventory = Inventory(model)
+        self.inventory = Inventory(model)
         self._draws = True  # the model, random numbers; a pass without any shows that it does not
         self._sources: tuple[Source, ...] | None = None  # of random numbers, besides torch's; found in the first pass
         self._drawn_from: tuple[Source, ...] = ()  # those that some pass has drawn from
@@ -86,7 +86,7 @@ class Replay:
                 "the model was compiled as a whole after AlfaWrapper was built; call AlfaWrapper.compile() (a task's "
                 "compile()) in place of model.compile()"
             )
-        self._inventory.refresh()
+        self.inventory.refresh()
         given = (args, dict(kwargs or {}))
         kept = given if self._writes_input is False else copied(given)
         versions = [tensor._version for tensor in tensors_of(given)]
@@ -95,7 +95,7 @@ class Replay:
             self._sources = self._drawn_from = random_sources(self.model)
         untouched = [source for source in self._sources if source not in self._drawn_from]
         states = [source.get() for source in untouched]
-        start = RandomState.capture(random_devices(self._inventory, args), self._drawn_from)
+        start = RandomState.capture(random_devices(self.inventory, args), self._drawn_from)
         pass_ = RecordPass(self.blocks, self._uses, start, cut, draws=self._draws, eager=self._known is None)
         with intercept(self._candidates if self._known is None else self._known, pass_):
             output = self.model(*args, **(kwargs or {}))
@@ -158,7 +158,7 @@ class Replay:
         pass_ = ReplayPass(self._uses, recording, block, value, detach, watch)
         recording.start.restore()
         stance = torch.compiler.set_stance("force_eager") if watch else nullcontext()  # operations are watched
-        with intercept(pass_.regions, pass_), without_checkpointing(self._inventory), stance, pass_.reads:
+        with intercept(pass_.regions, pass_), without_checkpointing(self.inventory), stance, pass_.reads:
             args, kwargs = (recording.args, recording.kwargs)
             if self._writes_input:
                 args, kwargs = copied((args, kwargs))

@@ -175,8 +175,8 @@ class PixelTask(MethodTask):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.passes = 0  # training steps made: what a step draws follows from it
-        self.statistics = Statistics(self.models.bare)
         self.inventory = Inventory(self.models.bare)
+        self.statistics = Statistics(self.models.bare, self.inventory)
         self._sources: tuple[Source, ...] | None = None
 
     def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
