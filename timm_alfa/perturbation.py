@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from . import pgd
@@ -120,13 +119,25 @@ class Pgd:
         """
         alpha = pgd.absolute(parse_size(self.alpha), feature)
         eps = None if self.eps is None else pgd.absolute(parse_size(self.eps), feature)
+        return self._climb(feature, gradient_at, first_gradient, alpha, eps, step)
+
+    def _climb(
+        self,
+        like: Sequence[Tensor],
+        gradient_at: GradientAt,
+        first_gradient: Sequence[Tensor] | None,
+        alpha: pgd.Scale,
+        eps: pgd.Scale | None,
+        step: int,
+    ) -> list[Tensor]:
+        """K steps from 0, of which the first is known if its gradient is, or from a random start."""
         if first_gradient is not None:
             delta = pgd.pgd_step(None, first_gradient, alpha=alpha, norm=self.norm, eps=eps)
         elif self.init == "uniform":
             assert eps is not None
-            delta = pgd.uniform(feature, eps, step_generator(step, feature[0].device))
+            delta = pgd.uniform(like, eps, step_generator(step, like[0].device))
         else:
-            delta = pgd.zeros(feature)
+            delta = pgd.zeros(like)
         steps = self.steps - (first_gradient is not None)
         return pgd.pgd(gradient_at, delta, steps=steps, alpha=alpha, norm=self.norm, eps=eps)
 
@@ -188,24 +199,14 @@ class Moments(Pgd):
                 found += [_sum(wide * mean, dims), _sum(wide * centred, dims)]
             return found
 
-        shares = [torch.zeros_like(mean) for mean, _, _ in parts for _ in range(2)]
-        entries = sum(part.numel() for part in shares) / min(len(part) for part in shares)
-        scale = entries**0.5 if self.norm == "l2" else 1.0
-        alpha = scale * _share(self.alpha)
-        eps = None if self.eps is None else scale * _share(self.eps)
-        if self.init == "uniform":
-            assert eps is not None
-            shares = pgd.uniform(shares, eps / scale, step_generator(step, feature[0].device))
-        known = first_gradient is not None and self.init == "zero"
-        if first_gradient is not None and known:
-            shares = pgd.pgd_step(None, at_shares(first_gradient), alpha=alpha, norm=self.norm, eps=eps)
-        shares = pgd.pgd(
+        like = [mean for mean, _, _ in parts for _ in range(2)]
+        shares = self._climb(
+            like,
             lambda found: at_shares(gradient_at(delta_of(found))),
-            shares,
-            steps=self.steps - known,
-            alpha=alpha,
-            norm=self.norm,
-            eps=eps,
+            None if first_gradient is None else at_shares(first_gradient),
+            _per_sample(self.alpha, like),
+            None if self.eps is None else _per_sample(self.eps, like),
+            step,
         )
         return delta_of(shares)
 
@@ -246,9 +247,14 @@ def pgd_in(
     return Moments(alpha, steps, eps, norm, init, str(getattr(model, "output_fmt", "")).endswith("NHWC"))
 
 
-def _share(size: Size | str) -> float:
+def _per_sample(size: Size | str, shares: Sequence[Tensor]) -> pgd.PerSample:
+    """The same size for every entry; in ``l2`` the length of a vector with such entries."""
     size = parse_size(size)
-    return size.share if isinstance(size, Relative) else size
+    share = size.share if isinstance(size, Relative) else size
+    samples = min(len(part) for part in shares)
+    entries = sum(part.numel() for part in shares) / samples
+    parts = [part.new_full((1,) * part.dim(), share) for part in shares]
+    return pgd.PerSample(parts, shares[0].new_full((samples,), share * entries**0.5))
 
 
 def _sum(values: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -198,9 +198,7 @@ class Gradients:
 
     def _note_bypasses(self, at_cuts: Sequence[Tensor | None]) -> None:
         """Which cuts an adversarial loss depends on; the others need not be made again."""
-        remaining = iter(at_cuts)
-        for cut in self.cuts:
-            part = [gradient for _, gradient in zip(cut.leaves, remaining, strict=False)]
+        for cut, part in self._by_cut(at_cuts):
             if any(gradient is not None for gradient in part):
                 self.bypassing.add(cut.order)
 
@@ -213,12 +211,18 @@ class Gradients:
     def _accumulate_cuts(
         self, totals: dict[int, list[Tensor | None]], found: Sequence[Tensor | None], weight: float
     ) -> None:
-        remaining = iter(found)
-        for cut in self.cuts:
-            part = [gradient for _, gradient in zip(cut.leaves, remaining, strict=False)]
-            if len(part) < len(cut.leaves):
-                return
+        for cut, part in self._by_cut(found):
             _accumulate(totals[cut.order], part, weight)
+
+    def _by_cut(self, found: Sequence[Tensor | None]) -> Iterator[tuple[Cut, Sequence[Tensor | None]]]:
+        """Gradients at the leaves of the first cuts, cut by cut."""
+        start = 0
+        for cut in self.cuts:
+            end = start + len(cut.leaves)
+            if end > len(found):
+                return
+            yield cut, found[start:end]
+            start = end
 
 
 def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], weight: float) -> None:

@@ -54,7 +54,7 @@ class Replay:
         self._optional: set[Region] = set()  # regions that some passes do without (layers dropped at random)
         self._uses = OutputUses(self.blocks)
         self.inventory = Inventory(model)
-        self._draws = True  # the model, random numbers; a pass without any shows that it does not
+        self._draws = True  # the model, random numbers, as far as is known: until a first pass without any
         self._sources: tuple[Source, ...] | None = None  # of random numbers, besides torch's; found in the first pass
         self._drawn_from: tuple[Source, ...] = ()  # those that some pass has drawn from
         self._writes_input: bool | None = None  # the model, into what it is given; the first pass shows it
@@ -128,7 +128,7 @@ class Replay:
                 "the model draws random numbers, which it did not in earlier steps: should it draw outside of its "
                 "submodules, the adversarial pass of this one step draws other numbers there; later ones repeat them"
             )
-        self._draws = drew or bool(late)
+        self._draws = drew or bool(late) or (self._draws and not first)
         args_again, kwargs_again = kept if self._writes_input else given
         return Recording(
             output,

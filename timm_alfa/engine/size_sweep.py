@@ -80,11 +80,21 @@ def sweep_sizes(
         engine.perturbation, engine.passes = own
     return {
         block: [
-            Effect(share, float(rise) / clean_sum, float(flips) / images)
+            Effect(share, rise_of(clean_sum, float(rise)), float(flips) / images)
             for share, (rise, flips) in zip(shares, rows, strict=True)
         ]
         for block, rows in sums.items()
     }
+
+
+def rise_of(clean: float, added: float) -> float:
+    """By how much of itself a loss rises; NaN where the clean loss is 0, of which nothing is a share.
+
+    Args:
+        clean: The clean loss.
+        added: What comes on top of it.
+    """
+    return added / abs(clean) if clean else math.nan
 
 
 def propose(effects: Sequence[Effect]) -> Effect | None:

@@ -364,12 +364,21 @@ class AlfaTask(MethodTask):
         if self.verbose and effects:
             self._described = True
             _logger.info(f"{self.title}: {effects}")
-            steps = getattr(self.engine.perturbation, "steps", 1)
-            for block, line in advise(metrics, blocks, self.size_flag, steps=steps, first=first).items():
+            for block, line in self.advice(metrics, first=first).items():
                 if block not in self._advised:
                     self._advised.add(block)
                     _logger.warning(line)
         return metrics
+
+    def advice(self, metrics: Mapping[str, float], *, first: bool = True) -> dict[str, str]:
+        """By block, a line where its perturbation does next to nothing or too much.
+
+        Args:
+            metrics: As an epoch's.
+            first: Whether they are a run's first.
+        """
+        steps = getattr(self.engine.perturbation, "steps", 1)
+        return advise(metrics, self.engine.blocks, self.size_flag, steps=steps, first=first)
 
     def write_history(self, folder: Path | None) -> None:
         """Append eta of every step since the last call to ``eta.csv`` in ``folder``; ranks without a folder drop it."""

@@ -39,6 +39,7 @@ class MethodTask(ClassificationTask):
     """
 
     reported: tuple[str, ...] = ("loss_clean", "loss_adv")  # what the logs show of a step's result
+    second_derivatives = False  # whether an optimizer may differentiate the loss twice
     monitor: LossMonitor
 
     def __init__(

@@ -236,6 +236,7 @@ class MoexTask(_Exchanging, MethodTask):  # type: ignore[misc]  # compile is a t
     """
 
     reported = ()
+    second_derivatives = True
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.core import Engine
+from ..engine.size_sweep import rise_of
 from ..pgd import l2_norms, linf_norms
 from ..run_folder.eta_history import EtaHistory
 from ..utils.distributed import mean_over_ranks
@@ -107,8 +108,8 @@ class FeatureMonitor(LossMonitor):
         """
         metrics = super().take()
         for block in self.engine.blocks:
-            share = metrics[f"loss_rise_{block}"] / metrics["loss_clean"]
-            metrics[f"loss_rise_{block}"] = share if self.divergence else share - 1
+            adversarial, clean = metrics[f"loss_rise_{block}"], metrics["loss_clean"]
+            metrics[f"loss_rise_{block}"] = rise_of(clean, adversarial if self.divergence else adversarial - clean)
         if self.engine.eta.learnable:
             values = self.engine.eta.values.tolist()
             metrics |= {f"eta_{block}": value for block, value in zip(self.engine.blocks, values, strict=True)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..engine.size_sweep import TARGET_RISE
+
 NOTHING = 0.001  # of the feature's rms: clean and adversarial loss cannot be told apart
 TOO_MUCH = 9.0  # rise of the loss; settings that gained most raise it by 1 to 8 times itself
-TARGET = 1.5  # a rise that gained, see engine/size_sweep.py
 FIRST_TRY = "2%"  # the share that gained most at most blocks tried, see results/finetune-choosing
 
 
@@ -45,7 +46,7 @@ def advise(
         if ratio < NOTHING:
             lines[block] = f"{effect}, which is next to nothing; try {flag} {FIRST_TRY}"
         elif first and rise > TOO_MUCH:
-            smaller = max(NOTHING, ratio / steps * TARGET / rise)  # the loss rises about as delta does
+            smaller = max(NOTHING, ratio / steps * TARGET_RISE / rise)  # the loss rises about as delta does
             lines[block] = f"{effect}, more than tenfold; try {flag} {percent(smaller)}"
     return lines
 

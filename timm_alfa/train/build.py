@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import UsageError
 from ..run_folder.checkpoint import recorded_label_names
 from ..tasks import registry
+from ..tasks.base import MethodTask
 from ..utils.text import one_line
 from .checkpoints.resume import open_checkpoint, restore_ema, restore_randomness, restore_training
 from .criterion import check_cut, create_criterion, create_mixup
@@ -158,7 +159,8 @@ def assemble(
     module = task.get_trainable_module()
     assert module is not None  # a classification task has one
     optimizer = create_optimizer(args, module)
-    if getattr(optimizer, "is_second_order", False) and isinstance(task, ReportingTask):
+    twice = not isinstance(task, MethodTask) or task.second_derivatives
+    if getattr(optimizer, "is_second_order", False) and not twice:
         raise UsageError(
             f"--opt {args.opt}: needs second derivatives, which --method {args.method} does not give; "
             "choose another optimizer"

@@ -89,7 +89,7 @@ def dry_run(
 
     step(plain), step(method)
     pairs = [(step(plain), step(method)) for _ in range(PAIRS)]
-    metrics = task.epoch_metrics() if isinstance(task, AlfaTask) else None
+    metrics = task.monitor.take() if isinstance(task, AlfaTask) else None
     if not is_primary(args):
         return
     ratio = statistics.median(other[0] / base[0] for base, other in pairs)
@@ -101,7 +101,7 @@ def dry_run(
     )
     if not isinstance(task, AlfaTask) or metrics is None:
         return
-    print(describe_effects(metrics, task.engine.blocks))
+    print(describe_effects(metrics, task.engine.blocks), *task.advice(metrics).values(), sep="\n")
     if not isinstance(task.engine.perturbation, Pgd) or args.distributed:
         return
     if trained:
