@@ -331,3 +331,17 @@ def test_the_saved_configuration_holds_what_was_asked_for(images: Path, tmp_path
     assert saved["seed"] == 3
     assert saved["device"] == "cuda"
     assert "world_size" not in saved
+
+
+# Advice of PyTorch on memory, which goes with create_graph.
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_an_optimizer_that_differentiates_twice_goes_with_methods_that_allow_it(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = "--epochs 1 --opt adahessian --lr 0.01"
+    main(_arguments(images, tmp_path, f"{flags} --moex-block layer1"))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    with pytest.raises(SystemExit) as caught:
+        main(_arguments(images, tmp_path / "other", f"{flags} --alfa-blocks layer4"))
+    assert caught.value.code == 2
+    assert "--opt adahessian: needs second derivatives, which --method alfa does not give" in capsys.readouterr().err

@@ -399,6 +399,9 @@ def test_a_flags_default_is_that_of_its_argument(name: str):
         takers = [parameters[flag.argument] for parameters in signatures if flag.argument in parameters]
         assert takers, flag.name
         for taker in takers:
+            if name != "alfa" and flag.argument == "init":  # an attack starts at the image, the papers' methods do not
+                assert taker.default == "zero"
+                continue
             default = [taker.default] if flag.nargs == "+" else taker.default
             assert taker.default is inspect.Parameter.empty or default == flag.default or flag.name == "alfa_blocks"
 

@@ -16,30 +16,66 @@ from ..engine.trace import evaluating
 from ..loss import REDUCTIONS, AlfaLoss, Reduction, scalar_loss
 from ..pgd import INITS
 from .base import PixelTask, from_same_start
-from .flags import Flag, above_zero, at_least_zero, number
+from .flags import Flag, above_zero, at_least_one, at_least_zero, number, settings
 from .pixels import ATTACK_MODES, AttackMode, PixelAttack
 
 FLAGS = (
-    Flag("advprop_eps", 1.0, "largest change of a pixel, in 1/255", number, expected="at least 0", valid=at_least_zero),
-    Flag("advprop_alpha", 1.0, "step size, in 1/255", number, expected="a finite step above 0", valid=above_zero),
+    Flag(
+        "advprop_eps",
+        1.0,
+        "largest change of a pixel, in 1/255",
+        number,
+        expected="at least 0",
+        valid=at_least_zero,
+        argument="eps",
+    ),
+    Flag(
+        "advprop_alpha",
+        1.0,
+        "step size, in 1/255",
+        number,
+        expected="a finite step above 0",
+        valid=above_zero,
+        argument="alpha",
+    ),
     Flag(
         "advprop_steps",
         1,
         "steps of the attack",
         int,
         expected="a whole number of at least 1",
-        valid=lambda value: value >= 1,
+        valid=at_least_one,
+        argument="steps",
     ),
-    Flag("advprop_init", "uniform", "where the attack starts: at the image, or uniformly within eps", choices=INITS),
-    Flag("advprop_targeted", False, "attack towards a class drawn at random rather than away from the true one", bool),
+    Flag(
+        "advprop_init",
+        "uniform",
+        "where the attack starts: at the image, or uniformly within eps",
+        choices=INITS,
+        argument="init",
+    ),
+    Flag(
+        "advprop_targeted",
+        False,
+        "attack towards a class drawn at random rather than away from the true one",
+        bool,
+        argument="targeted",
+    ),
     Flag(
         "advprop_attack_bn",
         "train",
         "attack through the auxiliary batch norms with statistics of the batch (train), "
         "or the whole model in evaluation mode with their running statistics (eval)",
         choices=ATTACK_MODES,
+        argument="attack_bn",
     ),
-    Flag("advprop_reduction", "sum", "add clean and adversarial loss, or average them", choices=REDUCTIONS),
+    Flag(
+        "advprop_reduction",
+        "sum",
+        "add clean and adversarial loss, or average them",
+        choices=REDUCTIONS,
+        argument="reduction",
+    ),
 )
 
 
@@ -180,15 +216,6 @@ def build(
     **common: Any,
 ) -> AdvPropTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
-    attack = PixelAttack.for_model(
-        args,
-        model,
-        eps=args.advprop_eps,
-        alpha=args.advprop_alpha,
-        steps=args.advprop_steps,
-        init=args.advprop_init,
-        targeted=args.advprop_targeted,
-    )
-    return AdvPropTask(
-        model, criterion, attack, reduction=args.advprop_reduction, attack_bn=args.advprop_attack_bn, **common
-    )
+    given = settings(args, FLAGS)
+    of_task = {name: given.pop(name) for name in ("reduction", "attack_bn")}
+    return AdvPropTask(model, criterion, PixelAttack.for_model(args, model, **given), **of_task, **common)

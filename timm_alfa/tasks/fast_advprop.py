@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..engine.float16 import attack_gradients
 from ..loss import scalar_loss
 from .advprop import AuxTask
-from .flags import Flag, above_zero, at_least_zero, number
+from .flags import Flag, above_zero, at_least_zero, number, settings
 from .pixels import PixelAttack
 
 FLAGS = (
@@ -30,6 +30,7 @@ FLAGS = (
         number,
         expected="a share between 0 and 1",
         valid=lambda value: 0 < value < 1,
+        argument="share",
     ),
     Flag(
         "fast_advprop_eps",
@@ -38,8 +39,17 @@ FLAGS = (
         number,
         expected="at least 0",
         valid=at_least_zero,
+        argument="eps",
     ),
-    Flag("fast_advprop_alpha", 1.0, "step size, in 1/255", number, expected="a finite step above 0", valid=above_zero),
+    Flag(
+        "fast_advprop_alpha",
+        1.0,
+        "step size, in 1/255",
+        number,
+        expected="a finite step above 0",
+        valid=above_zero,
+        argument="alpha",
+    ),
 )
 
 
@@ -133,7 +143,7 @@ def build(
     **common: Any,
 ) -> FastAdvPropTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
-    attack = PixelAttack.for_model(
-        args, model, eps=args.fast_advprop_eps, alpha=args.fast_advprop_alpha, steps=1, init="uniform"
-    )
-    return FastAdvPropTask(model, criterion, attack, share=args.fast_advprop_share, **common)
+    given = settings(args, FLAGS)
+    share = given.pop("share")
+    attack = PixelAttack.for_model(args, model, **given, steps=1, init="uniform")
+    return FastAdvPropTask(model, criterion, attack, share=share, **common)

@@ -27,7 +27,7 @@ from ..pgd import working_dtype
 from . import alfa
 from .alfa import AlfaTask
 from .base import MethodTask
-from .flags import Flag, number
+from .flags import Flag, number, settings
 
 _logger = logging.getLogger(__name__)
 
@@ -42,8 +42,11 @@ FLAGS = (
         None,
         "block whose output exchanges moments, such as maxpool (the paper's choice for ImageNet's "
         "ResNet-50) or bn1 (for CIFAR); with --alfa-blocks, MoEx is combined with ALFA",
+        argument="block",
     ),
-    Flag("moex_lambda", 0.9, "weight of an image's own label", number, expected="0 to 1", valid=_is_share),
+    Flag(
+        "moex_lambda", 0.9, "weight of an image's own label", number, expected="0 to 1", valid=_is_share, argument="lam"
+    ),
     Flag(
         "moex_prob",
         1.0,
@@ -51,6 +54,7 @@ FLAGS = (
         number,
         expected="0 to 1",
         valid=_is_share,
+        argument="prob",
     ),
 )
 
@@ -274,7 +278,7 @@ def create(args: argparse.Namespace, model: nn.Module, input_size: tuple[int, in
         UsageError: The block does not resolve or cannot exchange moments.
     """
     try:
-        moex = Moex(model, args.moex_block, args.moex_lambda, args.moex_prob)
+        moex = Moex(model, **settings(args, FLAGS))
         if input_size is not None:
             moex.check(model, input_size)
     except BlockError as error:

@@ -12,22 +12,45 @@ from torch import Tensor, nn
 from ..loss import scalar_loss
 from ..pgd import INITS
 from .base import PixelTask
-from .flags import Flag, above_zero, at_least_zero, number
+from .flags import Flag, above_zero, at_least_one, at_least_zero, number, settings
 from .pixels import PixelAttack
 
 # The settings of the paper's section 4.3, PGD-10 with eps 8/255 and steps of 2/255.
 FLAGS = (
-    Flag("pgd_at_eps", 8.0, "largest change of a pixel, in 1/255", number, expected="at least 0", valid=at_least_zero),
-    Flag("pgd_at_alpha", 2.0, "step size, in 1/255", number, expected="a finite step above 0", valid=above_zero),
+    Flag(
+        "pgd_at_eps",
+        8.0,
+        "largest change of a pixel, in 1/255",
+        number,
+        expected="at least 0",
+        valid=at_least_zero,
+        argument="eps",
+    ),
+    Flag(
+        "pgd_at_alpha",
+        2.0,
+        "step size, in 1/255",
+        number,
+        expected="a finite step above 0",
+        valid=above_zero,
+        argument="alpha",
+    ),
     Flag(
         "pgd_at_steps",
         10,
         "steps of the attack",
         int,
         expected="a whole number of at least 1",
-        valid=lambda value: value >= 1,
+        valid=at_least_one,
+        argument="steps",
     ),
-    Flag("pgd_at_init", "uniform", "where the attack starts: at the image, or uniformly within eps", choices=INITS),
+    Flag(
+        "pgd_at_init",
+        "uniform",
+        "where the attack starts: at the image, or uniformly within eps",
+        choices=INITS,
+        argument="init",
+    ),
 )
 
 
@@ -86,7 +109,4 @@ def build(
     **common: Any,
 ) -> PgdTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose."""
-    attack = PixelAttack.for_model(
-        args, model, eps=args.pgd_at_eps, alpha=args.pgd_at_alpha, steps=args.pgd_at_steps, init=args.pgd_at_init
-    )
-    return PgdTask(model, criterion, attack, **common)
+    return PgdTask(model, criterion, PixelAttack.for_model(args, model, **settings(args, FLAGS)), **common)

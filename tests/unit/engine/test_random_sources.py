@@ -298,3 +298,26 @@ def test_dropout_that_is_switched_on_later_is_replayed_from_its_first_step(caplo
         for loss in result["loss_adv_by_block"].values():
             assert torch.equal(loss, result["loss_clean"])
     assert sum("draws random numbers, which it did not" in message for message in caplog.messages) <= 1
+
+
+def test_a_model_that_draws_now_and_then_is_replayed_once_it_has_drawn(caplog: pytest.LogCaptureFixture) -> None:
+    class Sometimes(Small):
+        """Draws in its own forward, before and behind the block, in every third step."""
+
+        due = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            draws = self.due
+            feature = self.stem(x * (1 + torch.rand(()) if draws else 1))
+            feature = self.block(feature) + (torch.rand(()) if draws else 0) * feature.mean()
+            return self.head(self.neck(feature.mean(dim=(2, 3)) * (1 + torch.rand(()) if draws else 1)))
+
+    model = Sometimes(drop=0.0).train()
+    task = AlfaTask(model, F.cross_entropy, "block", alpha=1e-30, verbose=False)
+    images, target = batch(8, dtype=torch.float32)
+    for step in range(9):
+        model.due = step % 3 == 2
+        result = task(images, target)
+        if step > 2:
+            assert torch.equal(result["loss_adv_by_block"]["block"], result["loss_clean"])
+    assert sum("draws random numbers, which it did not" in message for message in caplog.messages) == 1

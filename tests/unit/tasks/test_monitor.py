@@ -149,3 +149,13 @@ def test_evaluation_leaves_no_trace() -> None:
         task(*batch(8, dtype=torch.float32))
     assert task.interval_text() == ""
     assert math.isnan(task.epoch_metrics()["loss_clean"])
+
+
+@pytest.mark.parametrize("divergence", [False, True])
+def test_a_loss_of_zero_has_no_rise(divergence: bool) -> None:
+    engine = AlfaWrapper(Small(), F.cross_entropy, ["block"]).engine
+    seen = FeatureMonitor(("loss_clean", "loss_adv"), torch.device("cpu"), engine, divergence=divergence)
+    seen.add(result(0.0, 2.0, block=2.0))
+    assert math.isnan(seen.take()["loss_rise_block"])
+    seen.add(result(-2.0, -1.0, block=-1.0))  # a criterion may be negative
+    assert seen.take()["loss_rise_block"] == (-0.5 if divergence else 0.5)
