@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
@@ -227,6 +228,15 @@ def test_halving_the_loss_in_place_halves_the_gradients() -> None:
         torch.testing.assert_close(found, sum(both) / 2, rtol=1e-12, atol=1e-15)
 
 
+@pytest.fixture
+def _every_warning() -> Iterator[None]:
+    """Those that torch gives once per process, too, whatever ran in it before."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures("_every_warning")
 def test_second_derivatives_are_refused() -> None:
     images, target = batch(8, dtype=torch.float32)
     found = step_of(Small().train())(images, target, 1.0, {"stem": 1.0, "block": 1.0})
