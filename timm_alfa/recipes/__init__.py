@@ -1,7 +1,8 @@
 """The paper's training recipes (section 4.1) as YAML for ``--config``, one file per experiment, by name.
 
 ``cifar10``, ``cifar100`` and ``imagenet`` are plain training; the others start with ``base:``, the recipe that they
-change, and are named dataset, model, method. None says where the images are.
+change, and are named dataset, model, method. ``finetune-small-data`` is this project's own. None says where the images
+are.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from .flags import (
     size,
 )
 from .monitor import FeatureMonitor, norms
+from .unlabeled import LabelledLoss, VirtualLoss
 from .visibility import advise, describe_effects
 
 _logger = logging.getLogger(__name__)
@@ -147,6 +148,8 @@ class AlfaTask(MethodTask):
         eta_lr: Learning rate of eta's own SGD (momentum 0.9, constant rate, no weight decay), above 0.
         sample_blocks: Perturb this many of the r blocks per step, drawn anew each time, alike on all ranks, and
             weighted r / N so that the objective's mean stays the same; ``None`` perturbs all.
+        unlabeled: Whether batches may end with images that have no target, see :mod:`timm_alfa.tasks.unlabeled`; with
+            the objective ``"kl"`` and the init ``"uniform"``.
         seed: Of the draws of ``sample_blocks``.
         perturbation: Another way to find delta, in place of alpha, steps, eps, norm, init and space.
         device: Device of the task.
@@ -184,6 +187,7 @@ class AlfaTask(MethodTask):
         eta_set: EtaSet = "hyperplane",
         eta_lr: float = 0.01,
         sample_blocks: int | None = None,
+        unlabeled: bool = False,
         seed: int = 0,
         perturbation: Perturbation | None = None,
         device: torch.device | None = None,
@@ -196,10 +200,14 @@ class AlfaTask(MethodTask):
         check_model(model)
         if perturbation is None:
             perturbation = pgd_in(space, model, alpha, steps, eps, norm, init)
+        raised: Callable[[Any, Any], Tensor] = self.criterion
+        if unlabeled:
+            if objective != "kl" or getattr(perturbation, "init", init) != "uniform":
+                raise ValueError("unlabeled: needs objective='kl' and init='uniform', which work without a target")
+            raised = VirtualLoss(self.criterion)
+            self.criterion = LabelledLoss(self.criterion)
         eta = partial(Eta, learnable=learnable, eta_set=eta_set, lr=eta_lr)
-        self.engine = Engine(
-            model, self.criterion, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, eta=eta
-        )
+        self.engine = Engine(model, raised, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, eta=eta)
         found = self.engine.blocks
         if sample_blocks is not None and not 1 <= sample_blocks <= len(found):
             raise ValueError(f"sample_blocks: expected 1 to {len(found)}, the number of blocks, found {sample_blocks}")
@@ -416,7 +424,7 @@ def build(
                 f"--alfa-sample-blocks {args.alfa_sample_blocks}: expected at most the number of blocks, "
                 f"{len(blocks)} ({', '.join(blocks)})"
             )
-        arguments = {**settings(args, FLAGS), "blocks": blocks}
+        arguments = {**settings(args, FLAGS), "blocks": blocks, "unlabeled": bool(getattr(args, "unlabeled_dir", ""))}
         task = task_type(model, criterion, **arguments, seed=getattr(args, "seed", 0), **common)
         if input_size is not None:
             task.engine.check_blocks(input_size)

@@ -25,6 +25,7 @@ from .data.datasets import (
     check_data_arguments,
     create_datasets,
     create_test_set,
+    create_unlabeled_set,
     default_class_count,
 )
 from .data.loaders import create_loaders
@@ -137,6 +138,7 @@ def assemble(
         dataset_train,
         dataset_eval,
         dataset_test,
+        create_unlabeled_set(args, data_config),
         device=device,
         img_dtype=precision.model_dtype or torch.float32,
         collate_fn=collate_fn,

@@ -210,11 +210,11 @@ def test_pictures_of_what_the_runs_have_enough_of(tmp_path: Path) -> None:
 
     arms = {"plain": 0, "alfa:block=blocks.2,alpha=2%": 2, "noise": 1}
     runs = [run(arm, seed, 500, 60 + seed + gain) for seed in range(3) for arm, gain in arms.items()]
-    assert [path.name for path in draw_pictures(tmp_path, runs, "plain")] == ["reliability.png"]
+    assert [path.name for path in draw_pictures(tmp_path, runs, "plain")] == ["gains.png", "reliability.png"]
     runs += [run("alfa:block=blocks.2,alpha=5%", seed, 500, 64) for seed in range(3)]
     runs += [run("alfa:block=blocks.2,alpha=5%,steps=3", seed, 500, 99) for seed in range(3)]  # not a point of the line
     runs += [run("plain", 0, 250, 50)]
-    names = ["gain-against-alpha.png", "accuracy-against-n.png", "reliability.png"]
+    names = ["gains.png", "gain-against-alpha.png", "accuracy-against-n.png", "reliability.png"]
     assert [path.name for path in draw_pictures(tmp_path, runs, "plain")] == names
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning runs as pictures: gain against alpha, accuracy against the number of images, reliability."""
+"""Fine-tuning runs as pictures: gains of arms, gain against alpha, accuracy against images, reliability."""
 
 from __future__ import annotations
 
@@ -30,11 +30,45 @@ def draw(folder: Path, runs: Sequence[dict[str, Any]], against: str) -> list[Pat
     except ImportError:
         return []
     pictures = [
+        _gains(folder, runs, against),
         _gain_against_alpha(folder, runs, against),
         _accuracy(folder, runs),
         _reliability(folder, runs, against),
     ]
     return [picture for picture in pictures if picture is not None]
+
+
+def _gains(folder: Path, runs: Sequence[dict[str, Any]], against: str) -> Path | None:
+    """Every arm's gain with its 95 % interval, a panel per number of images; of arms with at least three pairs."""
+    panels: dict[int, list[tuple[str, Any]]] = {}
+    for asked in sorted({run["asked"] for run in runs}):
+        chosen = [run for run in runs if run["asked"] == asked]
+        base = {run["seed"]: run["top1"] for run in chosen if run["arm"] == against}
+        for name in dict.fromkeys(run["arm"] for run in chosen if run["arm"] != against):
+            pairs = [run["top1"] - base[run["seed"]] for run in chosen if run["arm"] == name and run["seed"] in base]
+            if len(pairs) > 2:
+                panels.setdefault(asked, []).append((f"{name} ({len(pairs)})", compare_pairs(pairs)))
+    if not panels:
+        return None
+    from matplotlib.figure import Figure
+
+    rows = [len(arms) for arms in panels.values()]
+    height = 0.32 * sum(rows) + 0.8 * len(rows)
+    figure = Figure(figsize=(7, height), layout="constrained", dpi=120)
+    grid = figure.subplots(len(rows), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": rows})
+    for axes, (asked, arms) in zip(grid[:, 0], panels.items(), strict=True):
+        arms.sort(key=lambda arm: arm[1].mean)
+        for place, (name, paired) in enumerate(arms):
+            spread = [[paired.mean - paired.low], [paired.high - paired.mean]]
+            color = "C0" if name.startswith("alfa") else "0.45"
+            axes.errorbar(paired.mean, place, xerr=spread, fmt="o", color=color, capsize=3, markersize=4, linewidth=1.2)
+        axes.set_yticks(range(len(arms)), [name for name, _ in arms], fontsize=8)
+        axes.set_ylim(-0.6, len(arms) - 0.4)
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.set_title(f"n = {asked}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[-1, 0].set_xlabel(f"gain in top-1 over {against}, 95 % interval (pairs)")
+    return _save(figure, folder / "gains.png")
 
 
 def _gain_against_alpha(folder: Path, runs: Sequence[dict[str, Any]], against: str) -> Path | None:

@@ -237,7 +237,11 @@ CONTROLS = Sheet(
         Row("mean", _control("mean", "--alfa-reduction mean")),
         Row("tail gradients, mean", _control("tail-mean", _HALF)),
         Row("all passes move running statistics", _control("bn-shared", "--alfa-bn shared")),
-        Row("as released: tail, mean, shared statistics", _control("released", f"{_HALF} --alfa-bn shared")),
+        Row("tail, mean, shared statistics", _control("released", f"{_HALF} --alfa-bn shared")),
+        Row(
+            "as released: the same at the output of layer1",
+            _control("released-layer1", f"{_HALF} --alfa-bn shared --alfa-blocks layer1"),
+        ),
         Row("delta = 0, sum: the clean loss twice", _control("delta0", "--alfa-eps 0 --alfa-steps 1")),
         Row(
             "delta = 0, tail, mean: half the gradient before the block",
@@ -256,6 +260,23 @@ CONTROLS = Sheet(
             for blocks in (("layer1",), ("layer2",), ("layer2", "layer3"), ("layer1", "layer2", "layer3"))
         ),
         *(Row(f"alpha {alpha}/255", alfa_with_alpha(C20, alpha)) for alpha in ("0.1", "1.5", "5", "15", "50")),
+        *(
+            Row(
+                f"{share} % of the feature at {block}, one step, mean",
+                _control(
+                    f"{share}percent-{block}",
+                    f"--alfa-blocks {block} --alfa-alpha {share}% --alfa-steps 1 --alfa-reduction mean",
+                ),
+            )
+            for block, share in (
+                ("layer1", 2),
+                ("layer2", 2),
+                ("layer3", 2),
+                ("layer1", 5),
+                ("layer2", 5),
+                ("layer3", 5),
+            )
+        ),
     ),
     "In SGD with weight decay w and rate r, a loss counted twice is the rate 2r with the decay w/2. With an `eps` of 0 "
     "the perturbation is 0 and all else stays as it is.",

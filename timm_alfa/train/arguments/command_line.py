@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ...robust import evaluation as robust
 from ...tasks import registry
 from ...tasks.flags import add_flags
+from ..data.unlabeled_images import check_unlabeled_arguments
 from ..device import check_device
 from . import data_flags as flags_data
 from . import optim_flags as flags_optim
@@ -71,6 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_arguments(args)
     registry.check_arguments(args)
     robust.check_arguments(args)
+    check_unlabeled_arguments(args)
     # no abbreviation of --device is unambiguous, so this finds it in every spelling
     given = any(item.split("=", 1)[0] == "--device" for item in argv)
     check_device(args.device, given=given, modules=args.device_modules or ())

@@ -48,6 +48,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="evaluate the best checkpoint on this split once training is complete",
     )
+    add(
+        "--unlabeled-dir",
+        default="",
+        metavar="DIR",
+        help="images without labels, as many of which join every batch; with --alfa-objective kl",
+    )
     add("--train-num-samples", default=None, type=int, metavar="N", help="training samples of an iterable dataset")
     add("--val-num-samples", default=None, type=int, metavar="N", help="validation samples of an iterable dataset")
     add("--dataset-download", action="store_true", help="let torch/ and tfds/ datasets download themselves")

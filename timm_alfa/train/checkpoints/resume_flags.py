@@ -45,7 +45,7 @@ _NAMES: dict[Fate, str] = {
         noise_sigma noise_lambda noise_reduction noise_objective noise_grad
         moex_lambda moex_prob pgd_at_eps pgd_at_alpha pgd_at_steps pgd_at_init
         data data_dir dataset train_split train_fraction test_split train_num_samples val_num_samples dataset_download
-        class_map input_img_mode input_key target_key dataset_trust_remote_code
+        unlabeled_dir class_map input_img_mode input_key target_key dataset_trust_remote_code
         resume no_resume_opt img_size input_size crop_pct mean std interpolation batch_size validation_batch_size
         channels_last grad_accum_steps grad_checkpointing fast_norm torchcompile torchcompile_mode
         device amp amp_dtype model_dtype no_ddp_bb synchronize_step local_rank device_modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
@@ -19,6 +20,9 @@ from .image_modes import MODES
 from .images import NamedImageDataset, TorchImages
 from .split import split_training_set
 from .streams import StreamedImages, check_shards
+from .unlabeled_images import open_unlabeled
+
+_logger = logging.getLogger(__name__)
 
 __all__ = [
     "check_class_count",
@@ -26,6 +30,7 @@ __all__ = [
     "create_datasets",
     "create_evaluation_set",
     "create_test_set",
+    "create_unlabeled_set",
     "default_class_count",
 ]
 
@@ -63,6 +68,15 @@ def create_test_set(args: argparse.Namespace, data_config: dict[str, Any]) -> Da
     if not args.test_split:
         return None
     return create_evaluation_set(args, data_config, "--test-split", args.test_split)
+
+
+def create_unlabeled_set(args: argparse.Namespace, data_config: dict[str, Any]) -> Dataset[Any] | None:
+    """Create the dataset of --unlabeled-dir, without transforms; its targets mean nothing. None without the flag."""
+    if not args.unlabeled_dir:
+        return None
+    dataset = open_unlabeled(args, _image_mode(args, data_config["input_size"][0]))
+    _logger.info(f"--unlabeled-dir {args.unlabeled_dir}: {len(dataset):,} images without labels")
+    return dataset
 
 
 def create_evaluation_set(args: argparse.Namespace, data_config: dict[str, Any], flag: str, split: str) -> Dataset[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..checkpoints.random_state import randomness_kept
 from .cache import BatchAugmentation, CachedLoader
 from .check import dataset_kind
 from .streams import check_workers
+from .unlabeled_images import JoinedLoader
 
 __all__ = ["check_first_image", "create_loaders"]
 
@@ -28,6 +30,7 @@ def create_loaders(
     dataset_train: Any,
     dataset_eval: Any | None,
     dataset_test: Any | None = None,
+    dataset_unlabeled: Any | None = None,
     *,
     device: torch.device,
     img_dtype: torch.dtype | None,
@@ -45,6 +48,7 @@ def create_loaders(
         dataset_train: Training images.
         dataset_eval: Validation images, or None.
         dataset_test: Test images, or None.
+        dataset_unlabeled: Images without labels that join the training batches, or None.
         device: Where batches go.
         img_dtype: Dtype of the batches; None is float32.
         collate_fn: Mixup's collate for the training loader, or None.
@@ -82,8 +86,8 @@ def create_loaders(
             processes=args.world_size if args.distributed else 1,
         )
     with mistakes_in_one_line("augmentation and loader flags (--aa, --remode, --train-img-sizes, ...)"):
-        loader_train = create_loader(
-            dataset_train,
+        create_train_loader: Callable[..., Any] = partial(
+            create_loader,
             batch_size=args.batch_size,
             is_training=True,
             no_aug=args.no_aug,
@@ -102,13 +106,15 @@ def create_loaders(
             re_prob=args.reprob,
             re_mode=args.remode,
             re_count=args.recount,
-            collate_fn=collate_fn,
             num_workers=args.workers,
             worker_seeding=args.worker_seeding,
             use_multi_epochs_loader=args.use_multi_epochs_loader,
             **_scheduled_size_arguments(args),
             **common,
         )
+        loader_train = create_train_loader(dataset_train, collate_fn=collate_fn)
+        if dataset_unlabeled is not None:
+            loader_train = JoinedLoader(loader_train, create_train_loader(dataset_unlabeled))
     if len(loader_train) == 0:
         raise UsageError(
             f"--batch-size {args.batch_size}: more than the training set has for one process "
@@ -134,7 +140,12 @@ def create_loaders(
         )
     if args.tta > 1 and dataset_eval is not None and (per_batch % args.tta or len(dataset_eval) % args.tta):
         raise UsageError(f"--tta {args.tta}: must divide the validation batch size, {per_batch}, and the images")
-    splits = {"--train-split": dataset_train, "--val-split": dataset_eval, "--test-split": dataset_test}
+    splits = {
+        "--train-split": dataset_train,
+        "--val-split": dataset_eval,
+        "--test-split": dataset_test,
+        "--unlabeled-dir": dataset_unlabeled,
+    }
     for flag, dataset in splits.items():
         check_first_image(args, dataset, flag, data_config["input_size"][0])
     if args.cache_images:
@@ -146,7 +157,9 @@ def create_loaders(
         loader_eval = None if loader_eval is None else CachedLoader(loader_eval)
     elif padded:
         # timm's first training transform is the crop
-        dataset_train.transform.transforms[0] = RandomCrop(data_config["input_size"][1:], padding=args.crop_padding)
+        for dataset in (dataset_train, dataset_unlabeled):
+            if dataset is not None:
+                dataset.transform.transforms[0] = RandomCrop(data_config["input_size"][1:], padding=args.crop_padding)
     return loader_train, loader_eval, loader_test
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -17,6 +19,8 @@ from timm_alfa.train import main
 from timm_alfa.train.arguments.command_line import parse_args
 
 BASES = ("cifar10", "cifar100", "imagenet")
+FINETUNE = "finetune-small-data"  # by this project's own runs
+PAPER = [name for name in recipe_names() if name != FINETUNE]
 ALPHAS = {  # in 1/255; captions of Tables 2, 3 and 5
     "cifar10-resnet20s": 0.5, "cifar10-resnet18": 1, "cifar10-resnet101": 1, "cifar10-resnet56s": 1.5,
     "cifar10-resnet50": 1.5, "cifar100-resnet20s": 0.5, "cifar100-resnet56s": 0.5, "imagenet-resnet18": 0.5,
@@ -44,7 +48,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", PAPER)
 def test_the_training_is_that_of_section_4_1(name: str):
     args = parse(name)
     dataset, _, rest = name.partition("-")
@@ -80,12 +84,7 @@ def test_every_model_of_the_paper_has_a_plain_recipe_and_one_with_alfa():
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in recipe_names()
-        if name not in BASES
-    ],
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PAPER if name not in BASES]
 )
 def test_each_recipe_trains_and_tests(name: str, images: Path, tmp_path: Path):
     small = "--batch-size 4 --epochs 1 --workers 0 --val-fraction 0.2"
@@ -94,6 +93,25 @@ def test_each_recipe_trains_and_tests(name: str, images: Path, tmp_path: Path):
     where = ["--data-dir", str(images), "--output", str(tmp_path), "--experiment", "run"]
     main(["--config", name, *small.split(), *where])
     assert (tmp_path / "run" / "test.json").exists()
+
+
+def test_the_recipe_for_little_data_starts_from_weights_and_perturbs_by_a_share(images: Path, tmp_path: Path):
+    args = parse(FINETUNE)
+    assert (args.pretrained, args.alfa_blocks, args.alfa_alpha, args.alfa_reduction) == (
+        True,
+        ["blocks.2"],
+        "2%",
+        "mean",
+    )
+    assert (args.opt, args.lr, args.epochs, args.batch_size, args.img_size) == ("adamw", 1e-3, 12, 32, 112)
+    weights = tmp_path / "weights.pth"
+    torch.manual_seed(0)
+    torch.save(timm.create_model(args.model).state_dict(), weights)
+    main(["--config", FINETUNE, "--pretrained-path", str(weights), "--num-classes", "2", "--data-dir", str(images),
+          "--batch-size", "4", "--epochs", "1", "--img-size", "32", "--workers", "0", "--output", str(tmp_path),
+          "--experiment", "run"])  # fmt: skip
+    assert "delta_ratio_blocks.2" in (tmp_path / "run" / "summary.csv").read_text()
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_file_goes_before_a_recipe_and_a_folder_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
