@@ -8,8 +8,8 @@ running statistics and counters move only with the clean pass, and so do the buf
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -40,12 +40,14 @@ class Statistics:
         ]
         self._observed = False
 
+    @property
+    def known(self) -> bool:
+        """Whether a pass was observed."""
+        return self._observed
+
     @contextmanager
     def observed(self) -> Iterator[None]:
-        """Around a clean pass: the first one tells which buffers, outside of batch norms, move at all."""
-        if self._observed:
-            yield
-            return
+        """Around the first clean pass, which tells what buffers, outside of batch norms, move at all."""
         before = [(buffer, buffer._version) for buffer in map(_buffer, self._others)]
         yield
         self._others = [
@@ -55,19 +57,9 @@ class Statistics:
         ]
         self._observed = True
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> AbstractContextManager[None]:
         """Passes inside use batch statistics and leave every running statistic as it is."""
-        # track_running_stats = False in training mode: batch statistics, nothing moves. momentum = 0 would still count.
-        tracking = [norm for norm in self._norms if norm.training and norm.track_running_stats]
-        try:
-            for norm in tracking:
-                object.__setattr__(norm, "track_running_stats", False)  # several times quicker than a module's own
-            with _copies(self._others):
-                yield
-        finally:
-            for norm in tracking:
-                object.__setattr__(norm, "track_running_stats", True)
+        return _Kept(self._norms, self._others)
 
     @contextmanager
     def kept_outside_batch_norms(self) -> Iterator[None]:
@@ -88,6 +80,30 @@ class Statistics:
         norms = [(norm, name) for norm in self._norms for name, _ in norm.named_buffers(recurse=False)]
         with _copies([*norms, *self._others]):
             yield
+
+
+class _Kept:
+    """The context of :meth:`Statistics.kept`; a class, as every adversarial pass of every step enters it."""
+
+    def __init__(self, norms: Sequence[nn.Module], others: Sequence[tuple[nn.Module, str]]):
+        self._norms = norms
+        self._tracking: list[nn.Module] = []
+        self._copies = _copies(others) if others else None
+
+    def __enter__(self) -> None:
+        if self._copies is not None:
+            self._copies.__enter__()
+        # track_running_stats = False in training mode: batch statistics, nothing moves. momentum = 0 would still count.
+        for norm in self._norms:
+            if norm.training and norm.track_running_stats:
+                object.__setattr__(norm, "track_running_stats", False)  # several times quicker than a module's own
+                self._tracking.append(norm)
+
+    def __exit__(self, *error: Any) -> None:
+        for norm in self._tracking:
+            object.__setattr__(norm, "track_running_stats", True)
+        if self._copies is not None:
+            self._copies.__exit__(*error)
 
 
 @contextmanager

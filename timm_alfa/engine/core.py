@@ -23,6 +23,7 @@ from .aux_batchnorm import AuxBatchNorms, norms_behind
 from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
 from .compiler import is_compiled
 from .float16 import attack_gradients
+from .nested import tensors_of
 from .random_sources import random_sources
 from .randomness import RandomState, random_devices
 from .recording import Feature, Recording
@@ -100,26 +101,31 @@ class Engine:
         if self.aux is not None and not self._aux_checked:
             norms_behind(self.model, self.blocks, input)
             self._aux_checked = True
-        with self._statistics.observed():
+        if self._statistics.known:
             recording = replay.record((input,), cut=cut)
+        else:
+            with self._statistics.observed():
+                recording = replay.record((input,), cut=cut)
         self.eta.to(next(iter(recording.features.values())).tensors[0].device)
         self.passes += 1
         return recording
 
-    @contextmanager
-    def adversarial_pass(self, recording: Recording) -> Iterator[None]:
+    def adversarial_pass(self, recording: Recording) -> AbstractContextManager[None]:
         """Around attacks and adversarial outputs: keeps the random state, and the statistics if ``bn`` says so.
 
         Args:
             recording: Of the clean pass.
         """
-        with recording.end.left_as_is():
-            if self.aux is not None:
-                with self.aux.active(), self._statistics.kept_outside_batch_norms():
-                    yield
-            else:
-                with self._statistics.kept() if self.bn == "clean" else nullcontext():
-                    yield
+        if self.aux is not None:
+            kept: AbstractContextManager[None] | None = self._in_branches(self.aux)
+        else:
+            kept = self._statistics.kept() if self.bn == "clean" else None
+        return _AdversarialPass(recording, kept)
+
+    @contextmanager
+    def _in_branches(self, aux: AuxBatchNorms) -> Iterator[None]:
+        with aux.active(), self._statistics.kept_outside_batch_norms():
+            yield
 
     def statistics_kept(self) -> AbstractContextManager[None]:
         """Around passes that move no running statistic, clean ones too."""
@@ -172,10 +178,11 @@ class Engine:
             One tensor per floating-point tensor of the feature, detached, at least float32.
         """
         feature = recording.features[block]
+        clean = [tensor.detach() for tensor in feature.tensors]
 
         def gradient_at(delta: list[Tensor]) -> list[Tensor]:
             leaves = [part.detach().requires_grad_() for part in delta]
-            value = feature.rebuild(_add(feature, [tensor.detach() for tensor in feature.tensors], leaves))
+            value = feature.rebuild(_add(feature, clean, leaves))
             output = self._active_replay().replay(recording, block, value, detach=True)
             found = gradients_or_zeros(block, self._gradient(output, target, leaves, feature.tensors), leaves)
             if note is not None:
@@ -184,10 +191,11 @@ class Engine:
 
         if first_gradient is not None and note is not None:
             note(first_gradient)
-        with self._statistics.kept() if self.aux is not None else nullcontext():  # only what is trained on counts
-            return self.perturbation.find(
-                feature.tensors, gradient_at, first_gradient, step=self.passes, index=self.blocks.index(block)
-            )
+        index = self.blocks.index(block)
+        if self.aux is None:
+            return self.perturbation.find(feature.tensors, gradient_at, first_gradient, step=self.passes, index=index)
+        with self._statistics.kept():  # only what is trained on counts
+            return self.perturbation.find(feature.tensors, gradient_at, first_gradient, step=self.passes, index=index)
 
     def adversarial_output(self, recording: Recording, block: str, delta: Sequence[Tensor]) -> Any:
         """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i.
@@ -237,7 +245,7 @@ class Engine:
             BlockError: A block that runs several times per forward, not at all, or that cannot be perturbed.
         """
         trial = Replay(self.model, {block: self.model.get_submodule(block) for block in self.blocks})
-        start = RandomState.capture(random_devices(self.model, ()), random_sources(self.model))
+        start = RandomState(random_devices(self.model, ()), random_sources(self.model))
         with start.left_as_is(), evaluating(self.model), torch.enable_grad():
             recording = trial.record((blank_batch(self.model, input_size, batch_size=2),))
             for block, feature in recording.features.items():
@@ -268,15 +276,35 @@ class Engine:
         self, output: Any, target: Any, inputs: Sequence[Tensor], features: Sequence[Tensor], retain_graph: bool = False
     ) -> tuple[Tensor | None, ...]:
         loss = scalar_loss(self.criterion, output, target)
-        return attack_gradients(loss, inputs, (output, features), retain_graph=retain_graph)
+        return attack_gradients(loss, inputs, [*tensors_of(output), *features], retain_graph=retain_graph)
 
 
 def _add(feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
     """f + delta in the precision of delta. Under autocast it stays there, where rounding to bfloat16 would lose it."""
-    sums = [tensor + part for tensor, part in zip(tensors, delta, strict=True)]
-    if feature.autocast:
-        return sums
-    return [total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)]
+    sums = []
+    for tensor, part in zip(tensors, delta, strict=True):
+        total = tensor + part
+        sums.append(total if feature.autocast else total.to(tensor.dtype))
+    return sums
+
+
+class _AdversarialPass:
+    """The context of :meth:`Engine.adversarial_pass`; a class, as every step enters it once per block."""
+
+    def __init__(self, recording: Recording, kept: AbstractContextManager[None] | None):
+        self._recording = recording
+        self._kept = kept
+
+    def __enter__(self) -> None:
+        if self._kept is not None:
+            self._kept.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self._kept is not None:
+                self._kept.__exit__(*error)
+        finally:
+            self._recording.end.restore()
 
 
 def gradients_or_zeros(block: str, gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -285,7 +313,10 @@ def gradients_or_zeros(block: str, gradients: Sequence[Tensor | None], tensors: 
     Raises:
         BlockError: None of them reaches the loss.
     """
-    if all(gradient is None for gradient in gradients):
+    reached = [gradient for gradient in gradients if gradient is not None]
+    if len(reached) == len(gradients):
+        return reached
+    if not reached:
         raise BlockError(f"block {block!r} has no influence on the loss; choose one that the output depends on")
     return [
         torch.zeros_like(tensor) if gradient is None else gradient

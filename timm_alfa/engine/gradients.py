@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..pgd import working_dtype
 from .core import Engine, gradients_or_zeros
-from .float16 import is_float16
+from .float16 import gradients_of, is_float16
 from .hand_over import HandOver, LossScale
+from .nested import tensors_of
 from .recording import Cut, Recording
 
 WIDE = (torch.float32, torch.float64)  # gradients that are accumulated as they are
@@ -26,8 +27,10 @@ class Gradients:
 
     def __init__(self, engine: Engine, recording: Recording, loss_scale: LossScale, outer: list[Tensor]):
         self.engine = engine
-        features = [feature.tensors for feature in recording.features.values()]
-        self.float16 = is_float16((recording.output, features))  # a model may return float32 from float16 features
+        tensors = tensors_of(recording.output)
+        for feature in recording.features.values():
+            tensors += feature.tensors
+        self.float16 = is_float16(tensors)  # a model may return float32 from float16 features
         # float16 gradients underflow unless the loss is scaled as the training loop scales it
         self.scale = loss_scale.value if self.float16 else 1.0
         self.loss_scale = loss_scale
@@ -128,26 +131,28 @@ class Gradients:
         with_weights: bool = True,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
         """Gradients at ``leaves``, at the cuts before ``before``, and of the weights."""
-        pairs = [
-            (output, gradient)
-            for output, gradient in zip(outputs, gradients, strict=True)
-            if gradient is not None or output.dim() == 0
-        ]
-        at_cuts = [leaf for cut in self.cuts[:before] for leaf in cut.leaves]
-        reached = self._weights_behind([output for output, _ in pairs], leaves) if with_weights else []
+        starts: list[Tensor] = []
+        at_starts: list[Tensor | None] = []
+        for output, gradient in zip(outputs, gradients, strict=True):
+            if gradient is not None or output.dim() == 0:
+                starts.append(output)
+                at_starts.append(None if gradient is None else gradient.to(output.dtype))
+        at_cuts: list[Tensor] = []
+        for cut in self.cuts[:before]:
+            at_cuts += cut.leaves
+        reached = self._weights_behind(starts, leaves) if with_weights else []
         weights = [self.weights[index] for index in reached]
         inputs = [*leaves, *at_cuts, *weights]
         at_weights: list[Tensor | None] = [None] * len(self.weights)
-        if not pairs or not inputs:
+        if not starts or not inputs:
             return [None] * len(leaves), [None] * len(at_cuts), at_weights
-        with torch.autocast(pairs[0][0].device.type, enabled=False), _without_hooks(weights):
-            found = torch.autograd.grad(
-                [output for output, _ in pairs],
-                inputs,
-                [gradient if gradient is None else gradient.to(output.dtype) for output, gradient in pairs],
-                retain_graph=True,  # another walk may share some of it; it is freed with the last reference to its end
-                allow_unused=True,
-            )
+        hidden = _take_hooks(weights)
+        try:
+            # Another walk may share some of the graph; it is freed with the last reference to its end.
+            found = gradients_of(starts, inputs, at_starts, retain_graph=True)
+        finally:
+            for hooks, kept in hidden:
+                hooks.update(kept)
         split = len(leaves) + len(at_cuts)
         for index, gradient in zip(reached, found[split:], strict=True):
             at_weights[index] = gradient
@@ -246,14 +251,16 @@ def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], wei
             totals[index] = total
 
 
-@contextmanager
-def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks on parameters are for the whole gradient, once a step: a walk that finds a part of it is not their call."""
-    hidden = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
-    try:
-        for hooks, _ in hidden:
+def _take_hooks(tensors: Sequence[Tensor]) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Hooks on parameters are for the whole gradient, once a step: a walk that finds a part of it is not their call.
+
+    Returns:
+        Their dicts, now empty, and what was in them.
+    """
+    taken = []
+    for tensor in tensors:
+        hooks = tensor._backward_hooks
+        if hooks:
+            taken.append((hooks, dict(hooks)))
             hooks.clear()
-        yield
-    finally:
-        for hooks, kept in hidden:
-            hooks.update(kept)
+    return taken

@@ -7,9 +7,9 @@ keep their compiled call. It is the only place that writes into a module's ``__d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -21,20 +21,14 @@ _SLOT = "_compiled_call_impl"  # read by nn.Module.__call__ before anything else
 
 
 class Region:
-    """A module whose calls are intercepted while a pass runs; the pass decides what a call does."""
+    """A module whose calls are intercepted while a pass runs; a handler decides what a call does."""
 
     def __init__(self, name: str, module: nn.Module, is_block: bool, contains_block: bool):
         self.name = name
         self.module = module
         self.is_block = is_block
         self.contains_block = contains_block  # another block: it must run for that one to be reached
-        self.pass_: Pass | None = None
         self.compiled: Any = None  # what the slot held before the pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pass makes of a call."""
-        assert self.pass_ is not None
-        return self.pass_.call(self, args, kwargs)
 
     def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: bool = False) -> Any:
         """What the module itself returns, hooks included; compiled if it was, unless ``eager``."""
@@ -43,42 +37,36 @@ class Region:
         return self.compiled(*args, **kwargs)
 
 
-class Pass:
-    """Decides what an intercepted call does."""
-
-    depth = 0  # > 0 inside a computing region: calls from there belong to that region
-
-    def call(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The region's output, computed or not."""
-        raise NotImplementedError
-
-    def compute(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any], eager: bool = False) -> Any:
-        """What the region itself returns; calls of others meanwhile belong to it."""
-        self.depth += not region.contains_block
-        try:
-            return region.compute(args, kwargs, eager)
-        finally:
-            self.depth -= not region.contains_block
+Handler: TypeAlias = Callable[..., Any]  # called in place of a module, with the call's arguments
 
 
-@contextmanager
-def intercept(regions: Iterable[Region], pass_: Pass) -> Iterator[None]:
-    """Inside, calls of the regions go to ``pass_``."""
-    regions = list(regions)
-    try:
-        for region in regions:
-            region.pass_ = pass_
-            region.compiled = region.module.__dict__.get(_SLOT)
-            region.module.__dict__[_SLOT] = region
-        yield
-    finally:
-        for region in regions:
-            if region.module.__dict__.get(_SLOT) is region:
+class Interception:
+    """While it is on, calls of some regions go to handlers. Off and on again in the middle of a pass, if need be.
+
+    Args:
+        handlers: Region -> handler.
+    """
+
+    def __init__(self, handlers: Mapping[Region, Handler]):
+        self._handlers = handlers
+
+    def start(self) -> None:
+        """From now on."""
+        for region, handler in self._handlers.items():
+            slots = region.module.__dict__
+            region.compiled = slots.get(_SLOT)
+            slots[_SLOT] = handler
+
+    def stop(self) -> None:
+        """No longer; may be called again."""
+        for region, handler in self._handlers.items():
+            slots = region.module.__dict__
+            if slots.get(_SLOT) is handler:
                 if region.compiled is None:
-                    del region.module.__dict__[_SLOT]
+                    del slots[_SLOT]
                 else:
-                    region.module.__dict__[_SLOT] = region.compiled
-            region.pass_ = region.compiled = None
+                    slots[_SLOT] = region.compiled
+                region.compiled = None
 
 
 def find_regions(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[Region]:
@@ -104,27 +92,27 @@ def has_forward(module: nn.Module) -> bool:
     return getattr(module.forward, "__name__", "") != "_forward_unimplemented"
 
 
-class WatchPass(Pass):
-    """Computes everything, uncompiled, and reports what each module returned."""
-
-    def __init__(self, report: Callable[[str, nn.Module, Any], None]):
-        self.report = report
-
-    def call(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute, and report."""
-        output = region.compute(args, kwargs, eager=True)
-        self.report(region.name, region.module, output)
-        return output
-
-
 @contextmanager
 def watch_outputs(model: nn.Module, report: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
-    """Report every submodule's name, itself and its output whenever one of them has finished."""
+    """Report every submodule's name, itself and its output whenever one of them has finished; nothing runs compiled."""
+
+    def watching(region: Region) -> Handler:
+        def handler(*args: Any, **kwargs: Any) -> Any:
+            output = region.compute(args, kwargs, eager=True)
+            report(region.name, region.module, output)
+            return output
+
+        return handler
+
     regions = [
         Region(name, module, is_block=False, contains_block=False) for name, module in model.named_modules() if name
     ]
-    with intercept(regions, WatchPass(report)):
+    interception = Interception({region: watching(region) for region in regions})
+    try:
+        interception.start()
         yield
+    finally:
+        interception.stop()
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""Nested outputs: whatever modules return and take, as leaves."""
+"""Nested outputs: whatever modules return and take, as leaves.
+
+Most are one tensor, or a few in a tuple; these are not handed to torch's general functions, which cost a step more than
+some layers do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -19,7 +23,20 @@ def tensors_of(output: Any) -> list[Tensor]:
     """All tensors among the leaves."""
     if isinstance(output, Tensor):
         return [output]
+    if type(output) in (tuple, list):
+        for item in output:
+            if not isinstance(item, Tensor):
+                break
+        else:
+            return list(output)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """The same structure with the function's results in place of the tensors."""
+    if isinstance(output, Tensor):
+        return function(output)
+    return tree_map_only(Tensor, function, output)
 
 
 def memory_of(tensors: Iterable[Tensor]) -> set[int]:
@@ -29,6 +46,9 @@ def memory_of(tensors: Iterable[Tensor]) -> set[int]:
 
 def copied(output: Any) -> Any:
     """The same structure with every tensor cloned."""
-    if isinstance(output, Tensor):
-        return output.clone()
-    return tree_map_only(Tensor, Tensor.clone, output)
+    return map_tensors(Tensor.clone, output)
+
+
+def detached(output: Any) -> Any:
+    """The same structure with every tensor detached."""
+    return map_tensors(Tensor.detach, output)

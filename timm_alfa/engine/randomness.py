@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,35 +11,54 @@ from torch import Tensor, nn
 
 from .inventory import Inventory
 from .nested import tensors_of
-from .random_sources import Source
+from .random_sources import Source, moved
 
 
-@dataclass(frozen=True)
 class RandomState:
-    """torch's random state on the CPU and on some accelerators, and those of other sources, at one moment."""
+    """torch's random state on the CPU and on some accelerators, and those of other sources, at one moment: now.
 
-    devices: tuple[torch.device, ...]
-    states: tuple[Tensor, ...]
-    sources: tuple[Source, ...] = ()
-    others: tuple[Any, ...] = ()
+    Args:
+        devices: Accelerators, none of them the CPU.
+        sources: What else may be drawn from.
+    """
 
-    @classmethod
-    def capture(cls, devices: Sequence[torch.device] = (), sources: Sequence[Source] = ()) -> RandomState:
-        """The state now, of the CPU, of ``devices`` (accelerators, none of them the CPU) and of ``sources``."""
-        states = (torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in devices))
-        return cls(tuple(devices), states, tuple(sources), tuple(source.get() for source in sources))
+    __slots__ = ("_generators", "devices", "others", "sources", "states")
+
+    def __init__(self, devices: Sequence[torch.device] = (), sources: Sequence[Source] = ()):
+        self.devices = tuple(devices)
+        self.sources = tuple(sources)
+        self._generators: list[Any] = [torch.default_generator]
+        for device in self.devices:
+            self._generators.append(_generator(device))
+        # Loops: a step captures often, and before Python 3.12 a comprehension is a call.
+        self.states: list[Tensor] = []
+        for generator in self._generators:
+            self.states.append(generator.get_state())
+        self.others: list[Any] = []
+        for source in self.sources:
+            self.others.append(source.get())
 
     def again(self) -> RandomState:
         """The state now, of what this one is of."""
-        return RandomState.capture(self.devices, self.sources)
+        return RandomState(self.devices, self.sources)
 
     def restore(self) -> None:
         """Go back to it."""
-        torch.set_rng_state(self.states[0])
-        for device, state in zip(self.devices, self.states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
+        for generator, state in zip(self._generators, self.states, strict=True):
+            generator.set_state(state)
         for source, other in zip(self.sources, self.others, strict=True):
             source.set(other)
+
+    def differs(self, other: RandomState) -> bool:
+        """Whether something was drawn between this moment and another.
+
+        Args:
+            other: Of the same devices and sources.
+        """
+        for one, two in zip(self.states, other.states, strict=True):
+            if not torch.equal(one, two):
+                return True
+        return bool(self.others) and moved(self.others, other.others)
 
     @contextmanager
     def left_as_is(self) -> Iterator[None]:
@@ -49,6 +67,26 @@ class RandomState:
             yield
         finally:
             self.restore()
+
+
+class _StateOf:
+    """The random state of a kind of accelerator that shows no generators."""
+
+    def __init__(self, device: torch.device):
+        self._module, self._device = torch.get_device_module(device), device
+
+    def get_state(self) -> Tensor:
+        state: Tensor = self._module.get_rng_state(self._device)
+        return state
+
+    def set_state(self, state: Tensor) -> None:
+        self._module.set_rng_state(state, self._device)
+
+
+def _generator(device: torch.device) -> Any:
+    """What a forward on an accelerator draws from; its methods cost a fraction of what torch's functions do."""
+    generators = getattr(torch.get_device_module(device), "default_generators", None)
+    return generators[device.index] if generators and device.index is not None else _StateOf(device)
 
 
 def step_generator(step: int, device: torch.device | str = "cpu", *, stream: int = 0) -> torch.Generator:
@@ -67,5 +105,8 @@ def step_generator(step: int, device: torch.device | str = "cpu", *, stream: int
 def random_devices(model: nn.Module | Inventory, args: tuple[Any, ...]) -> tuple[torch.device, ...]:
     """The accelerators that a forward may draw random numbers on."""
     inventory = model if isinstance(model, Inventory) else Inventory(model)
-    devices = {tensor.device for tensor in tensors_of(args) if tensor.device.type != "cpu"}
-    return tuple(sorted(devices.union(inventory.accelerators()), key=str))
+    devices = set(inventory.accelerators())
+    for tensor in tensors_of(args):
+        if tensor.device.type != "cpu":
+            devices.add(tensor.device)
+    return tuple(sorted(devices, key=str))

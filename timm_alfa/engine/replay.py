@@ -15,23 +15,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import BlockError
 from .compiler import allow_second_walks, is_compiled, refuse_cuda_graphs
-from .grad_checkpointing import inside_checkpoint, last_of_sequence, without_checkpointing
-from .interception import Pass, Region, find_regions, intercept
+from .grad_checkpointing import last_of_sequence
+from .interception import Region, find_regions
 from .inventory import Inventory
 from .nested import copied, tensors_of
 from .random_sources import Source, moved, random_sources
 from .randomness import RandomState, random_devices
-from .recording import Call, OutputUses, Recording, RecordPass
+from .recording import OutputUses, Recording, RecordPass
+from .tail import Reads, Tail
 
 _logger = logging.getLogger(__name__)
 
@@ -87,18 +85,24 @@ class Replay:
                 "compile()) in place of model.compile()"
             )
         self.inventory.refresh()
-        given = (args, dict(kwargs or {}))
-        kept = given if self._writes_input is False else copied(given)
-        versions = [tensor._version for tensor in tensors_of(given)]
+        kwargs = dict(kwargs or {})
+        inputs = tensors_of(args) + (tensors_of(kwargs) if kwargs else [])
+        kept = (args, kwargs) if self._writes_input is False else copied((args, kwargs))
+        versions = [tensor._version for tensor in inputs]
         first = self._sources is None
         if self._sources is None:
             self._sources = self._drawn_from = random_sources(self.model)
         untouched = [source for source in self._sources if source not in self._drawn_from]
         states = [source.get() for source in untouched]
-        start = RandomState.capture(random_devices(self.inventory, args), self._drawn_from)
-        pass_ = RecordPass(self.blocks, self._uses, start, cut, draws=self._draws, eager=self._known is None)
-        with intercept(self._candidates if self._known is None else self._known, pass_):
-            output = self.model(*args, **(kwargs or {}))
+        start = RandomState(random_devices(self.inventory, args), self._drawn_from)
+        regions = self._candidates if self._known is None else self._known
+        pass_ = RecordPass(regions, self.blocks, self._uses, start, cut, draws=self._draws, first=self._known is None)
+        try:
+            pass_.interception.start()
+            output = self.model(*args, **kwargs)
+        finally:
+            pass_.interception.stop()
+            del pass_.interception  # a cycle, which would keep the clean graph until the next garbage collection
         missing = [name for name in self.blocks if name not in pass_.order]
         if missing and dict(self.model.named_modules()).get(missing[0]) is not self._given[missing[0]]:
             raise BlockError(
@@ -107,18 +111,18 @@ class Replay:
             )
         if missing:
             raise BlockError(f"block {missing[0]!r} did not run in the model's forward; choose one that does")
-        self._note_input(given, versions)
+        self._note_input(inputs, versions)
         pass_.note_mutations()
-        self._note_regions(set(pass_.calls))
+        self._note_regions(pass_.calls)
         end = start.again()
-        drew = moved(start.states, end.states) or moved(start.others, end.others)
+        drew = start.differs(end)
         if first:
             moving = zip(start.sources, start.others, end.others, strict=True)
             self._drawn_from = tuple(source for source, before, after in moving if moved(before, after))
         late = [source for source, state in zip(untouched, states, strict=True) if moved(state, source.get())]
         if late:
             self._drawn_from += tuple(late)
-            end = RandomState.capture(start.devices, self._drawn_from)
+            end = RandomState(start.devices, self._drawn_from)
             _logger.warning(
                 f"the model draws from {', '.join(source.name for source in late)}, which it did not in its first "
                 "step: the adversarial pass of this one step draws other numbers, later ones repeat them"
@@ -128,8 +132,10 @@ class Replay:
                 "the model draws random numbers, which it did not in earlier steps: should it draw outside of its "
                 "submodules, the adversarial pass of this one step draws other numbers there; later ones repeat them"
             )
+        if late or (drew and not self._draws):
+            self._uses.watch_again()
         self._draws = drew or bool(late) or (self._draws and not first)
-        args_again, kwargs_again = kept if self._writes_input else given
+        args_again, kwargs_again = kept if self._writes_input else (args, kwargs)
         return Recording(
             output,
             {name: pass_.features[name] for name in self.blocks},
@@ -138,7 +144,8 @@ class Replay:
             end,
             args_again,
             kwargs_again,
-            pass_.draws,
+            drew,
+            pass_.whole and (pass_.draws or not drew),
             pass_.calls,
             pass_.order,
         )
@@ -154,20 +161,17 @@ class Replay:
             value: In the structure of the block's output.
             detach: Cut the remembered outputs of earlier regions (skip connections around the block) from the graph.
         """
-        watch = block in self._uses.unwatched
-        pass_ = ReplayPass(self._uses, recording, block, value, detach, watch)
-        recording.start.restore()
-        stance = torch.compiler.set_stance("force_eager") if watch else nullcontext()  # operations are watched
-        with intercept(pass_.regions, pass_), without_checkpointing(self.inventory), stance, pass_.reads:
-            args, kwargs = (recording.args, recording.kwargs)
-            if self._writes_input:
-                args, kwargs = copied((args, kwargs))
-            output = self.model(*args, **kwargs)
-        if not pass_.reached:
-            raise BlockError(f"block {block!r} ran in the clean pass but not in its replay")
-        if watch:
-            pass_.note_reads()
-            self._uses.unwatched.discard(block)
+        tail = recording.tails.get(block)
+        if tail is None:
+            tail = recording.tails[block] = Tail(self, recording, block)
+        if block not in self._uses.unwatched:
+            return tail.run(value, detach)
+        reads = Reads()
+        with torch.compiler.set_stance("force_eager"), reads:  # operations are watched
+            output = tail.run(value, detach, watch=True)
+        tail.note_reads(reads)
+        if recording.whole:
+            self._uses.watched(block)
         return output
 
     def compile(self, **options: Any) -> None:
@@ -187,9 +191,27 @@ class Replay:
             if not any(_contains(other.module, region.module) for other in self._candidates if other is not region):
                 region.module.compile(**options)
 
-    def _note_input(self, given: Any, versions: list[int]) -> None:
+    def note_draws(self) -> None:
+        """Random numbers were drawn in a replay where none were in watched ones."""
+        _logger.warning(
+            "the model draws random numbers between its submodules, which it did not in earlier steps: the "
+            "adversarial pass of this one step draws other numbers there, later ones repeat them"
+        )
+        self._uses.watch_again()
+
+    @property
+    def uses(self) -> OutputUses:
+        """What earlier passes showed about outputs."""
+        return self._uses
+
+    @property
+    def writes_input(self) -> bool:
+        """Whether the model writes into what it is given."""
+        return bool(self._writes_input)
+
+    def _note_input(self, inputs: list[Tensor], versions: list[int]) -> None:
         """A model that writes into its input (normalises it in place) leaves nothing to run it again on but a copy."""
-        written = [tensor._version for tensor in tensors_of(given)] != versions
+        written = [tensor._version for tensor in inputs] != versions
         if written and self._writes_input is False:
             raise RuntimeError(
                 "the model wrote into its input in place, which it did not in the first step; build a new AlfaWrapper "
@@ -197,7 +219,7 @@ class Replay:
             )
         self._writes_input = written or bool(self._writes_input)
 
-    def _note_regions(self, called: set[Region]) -> None:
+    def _note_regions(self, called: Collection[Region]) -> None:
         if self._known is None:
             self._known = [region for region in self._candidates if region in called or region in self._optional]
             return
@@ -205,83 +227,7 @@ class Replay:
         if missing:  # another way through the model: look again, at all of it, in the next pass
             self._optional.update(self._known)
             self._known = None
-            self._uses.unwatched = set(self.blocks)
-
-
-class ReplayPass(Pass):
-    """Returns what was recorded up to a block, a given value there, and computes its tail."""
-
-    def __init__(self, uses: OutputUses, recording: Recording, block: str, value: Any, detach: bool, watch: bool):
-        self.uses = uses
-        self.block = block
-        self.value = value
-        self.detach = detach
-        self.draws = recording.draws
-        last = recording.order[block]
-        self.remembered = {
-            region: [call for call in calls if call.order <= last] for region, calls in recording.calls.items()
-        }
-        self.regions = [region for region, calls in self.remembered.items() if calls]
-        self.next_call = dict.fromkeys(self.regions, 0)
-        self.reached = False
-        self.watch = watch
-        self.reads: AbstractContextManager[Any] = _Reads() if watch else nullcontext()
-        self.handed: list[tuple[tuple[str, int], list[Tensor]]] = []
-
-    def call(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what was recorded, or compute."""
-        index = self.next_call[region]
-        if self.reached or self.depth or index == len(self.remembered[region]):
-            return self.compute(region, args, kwargs, eager=self.watch)
-        if inside_checkpoint():
-            raise BlockError(
-                f"block {self.block!r} cannot be replayed inside a checkpointed part of the model, whose recomputation "
-                "would not see the perturbation; turn checkpointing off or choose another block"
-            )
-        call = self.remembered[region][index]
-        self.next_call[region] += 1
-        if self.draws or region.name == self.block:
-            call.state.restore()
-        if region.name == self.block:
-            self.reached = True
-            return copied(self.value) if self.uses.needs_copy(call.key) else self.value
-        return self._hand_out(call)
-
-    def _hand_out(self, call: Call) -> Any:
-        if self.uses.needs_copy(call.key):
-            output = copied(call.output)
-        else:
-            output = call.output
-            tensors = tensors_of(output)
-            if self.uses.of(call.key).read and [t._version for t in tensors] != call.versions:
-                raise RuntimeError(
-                    f"the output of {call.key[0]!r} was modified in place after it was remembered, which it was not in "
-                    "earlier steps; build a new AlfaWrapper after changing the model or its mode"
-                )
-        if self.detach:
-            output = tree_map_only(Tensor, Tensor.detach, output)
-        if self.watch:
-            self.handed.append((call.key, tensors_of(output)))
-        return output
-
-    def note_reads(self) -> None:
-        """After the pass: which outputs an operation took."""
-        assert isinstance(self.reads, _Reads)
-        self.uses.of((self.block, 0)).read = True
-        for key, tensors in self.handed:
-            self.uses.of(key).read |= any(id(tensor) in self.reads.seen for tensor in tensors)
-
-
-class _Reads(TorchFunctionMode):
-    """Remembers every tensor that an operation took while it was active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        return func(*args, **(kwargs or {}))
+            self._uses.watch_again()
 
 
 def _refuse_blocks_inside(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:

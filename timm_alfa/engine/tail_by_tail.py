@@ -20,13 +20,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ..loss import AlfaLoss, scalar_loss
 from ..pgd import is_finite
 from .core import Engine
 from .gradients import Gradients
 from .hand_over import LossScale, refusing_gradients
+from .nested import detached, map_tensors
 from .recording import Cut, Recording
 
 Observer: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
@@ -96,7 +96,7 @@ class TailByTailStep:
         clean = scalar_loss(self.objective.criterion, recording.output, target)
         gradients = Gradients(engine, recording, self._loss_scale, outer)
         result = StepResult(
-            clean, _detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(engine.eta.values), {}
+            clean, detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(engine.eta.values), {}
         )
         result.loss = clean_weight * result.clean
         gradients.backward_clean(clean, clean_weight)
@@ -119,7 +119,7 @@ class TailByTailStep:
         result.loss = gradients.hand_over(result.loss)
         result.others = gradients.others
         if result.loss.requires_grad:
-            result.output = tree_map_only(Tensor, lambda tensor: refusing_gradients(result.loss, tensor), result.output)
+            result.output = map_tensors(lambda tensor: refusing_gradients(result.loss, tensor), result.output)
         return result
 
     def _attack(
@@ -173,9 +173,4 @@ def _aliased(input: Any, target: Any) -> tuple[Any, Any, list[Tensor]]:
         aliases.append(tensor.view_as(tensor))
         return aliases[-1]
 
-    input, target = tree_map_only(Tensor, alias, (input, target))
-    return input, target, aliases
-
-
-def _detached(output: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.detach, output)
+    return map_tensors(alias, input), map_tensors(alias, target), aliases

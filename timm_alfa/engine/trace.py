@@ -48,7 +48,7 @@ def trace(model: nn.Module, input: Tensor) -> list[Visit]:
     visits: dict[str, Visit] = {}
     finished: dict[str, int] = {}
     counter = FlopCounter()
-    state = RandomState.capture(random_devices(model, (input,)), random_sources(model))
+    state = RandomState(random_devices(model, (input,)), random_sources(model))
 
     def note(name: str, module: nn.Module, output: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

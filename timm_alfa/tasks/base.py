@@ -216,7 +216,7 @@ class PixelTask(MethodTask):
         self.inventory.refresh()
         if self._sources is None:
             self._sources = random_sources(self.models.bare)
-        return RandomState.capture(random_devices(self.inventory, (input,)), self._sources)
+        return RandomState(random_devices(self.inventory, (input,)), self._sources)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """For what this step draws besides the model's own draws."""

@@ -9,8 +9,8 @@ from timm_alfa.engine.float16 import attack_gradients, is_float16
 
 def test_which_outputs_are_float16() -> None:
     half, single = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
-    assert is_float16({"logits": [single, half]})
-    assert not is_float16((single, torch.zeros(1, dtype=torch.bfloat16), 1.0))
+    assert is_float16([single, half])
+    assert not is_float16((single, torch.zeros(1, dtype=torch.bfloat16)))
 
 
 def test_small_gradients_keep_their_direction() -> None:

@@ -9,7 +9,7 @@ from timm_alfa.engine.randomness import RandomState
 
 
 def test_restore_repeats_the_draws() -> None:
-    state = RandomState.capture()
+    state = RandomState()
     first = torch.rand(3), torch.randperm(5)
     torch.rand(100)
     state.restore()
@@ -18,7 +18,7 @@ def test_restore_repeats_the_draws() -> None:
 
 
 def test_a_captured_state_does_not_move() -> None:
-    state = RandomState.capture()
+    state = RandomState()
     first = torch.rand(3)
     state.restore()
     torch.rand(50)
@@ -28,7 +28,7 @@ def test_a_captured_state_does_not_move() -> None:
 
 def test_left_as_is_even_after_an_error() -> None:
     torch.rand(7)
-    state = RandomState.capture()
+    state = RandomState()
     expected = torch.rand(3)
 
     def fail() -> None:
