@@ -68,7 +68,7 @@ def moved(before: Any, after: Any) -> bool:
     if isinstance(before, (tuple, list)):
         if before and isinstance(before[0], int):  # Python's 625 numbers
             return bool(before != after)
-        return any(moved(one, other) for one, other in zip(before, after, strict=True))
+        return any(moved(one, other) for one, other in zip(before, after, strict=True) if one is not other)
     different = before != after
     return bool(different.any() if hasattr(different, "any") else different)
 

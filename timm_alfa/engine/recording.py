@@ -75,7 +75,7 @@ class Call:
         use: What is known about its output.
         order: Position among the calls of this pass.
         output: What it returned.
-        versions: Of the tensors in it; not kept if nothing reads them.
+        versions: Of the tensors in it; not kept of several that nothing reads.
         state: Random state when the call had finished; not kept if nothing is drawn before the next call.
     """
 
@@ -167,6 +167,7 @@ class OutputUses:
         self.unwatched = set(blocks)
         self.by_call: dict[tuple[str, int], OutputUse] = {}
         self.drawn_before = False  # random numbers, before the first region was called
+        self.varies = False  # how often a region runs: what is known of one output then says nothing of the next
 
     def of(self, region: str, count: int) -> OutputUse:
         """What is known about one output; at first nothing."""
@@ -181,12 +182,12 @@ class OutputUses:
 
     def needs_copy(self, use: OutputUse) -> bool:
         """Whether somebody else writes into this output while a replay needs it as it was."""
-        return not use.seen or (use.mutated and (use.read or bool(self.unwatched)))
+        return self.varies or not use.seen or (use.mutated and (use.read or bool(self.unwatched)))
 
     def watched(self, block: str) -> None:
         """After a watched replay; the last one tells which outputs need no care."""
         self.unwatched.discard(block)
-        if not self.unwatched:
+        if not (self.unwatched or self.varies):
             for use in self.by_call.values():
                 use.settled = use.seen
                 care = use.read or use.drawn_after or use.region in self._blocks
@@ -260,7 +261,7 @@ class RecordPass:
             calls = self.calls[region] = []
         use = self.uses.by_call.get((region.name, len(calls)))
         if use is not None and use.simple:
-            calls.append(Call(use, self.count, output))
+            calls.append(Call(use, self.count, output, [output._version] if isinstance(output, Tensor) else None))
             self.count += 1
             return output
         return self._keep(region, calls, output)

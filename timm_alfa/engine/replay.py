@@ -28,7 +28,7 @@ from .inventory import Inventory
 from .nested import copied, tensors_of
 from .random_sources import Source, moved, random_sources
 from .randomness import RandomState, random_devices
-from .recording import OutputUses, Recording, RecordPass
+from .recording import Call, OutputUses, Recording, RecordPass
 from .tail import Reads, Tail
 
 _logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class Replay:
         self._known: list[Region] | None = None  # the regions, once a clean pass has shown them
         self._optional: set[Region] = set()  # regions that some passes do without (layers dropped at random)
         self._uses = OutputUses(self.blocks)
+        self._counts: dict[Region, int] = {}  # how often each region ran
         self.inventory = Inventory(model)
         self._draws = True  # the model, random numbers, as far as is known: until a first pass without any
         self._sources: tuple[Source, ...] | None = None  # of random numbers, besides torch's; found in the first pass
@@ -219,11 +220,24 @@ class Replay:
             )
         self._writes_input = written or bool(self._writes_input)
 
-    def _note_regions(self, called: Collection[Region]) -> None:
+    def note_stale(self, region: str) -> None:
+        """An output was written into after it was remembered, and is read in a replay: it was not known to be."""
+        _logger.warning(
+            f"the output of {region!r} was written into, which it was not in earlier steps: the adversarial pass of "
+            "this one step starts from what was written, later ones from the output"
+        )
+
+    def _note_regions(self, calls: Mapping[Region, list[Call]]) -> None:
+        counts = {region: len(of_region) for region, of_region in calls.items()}
+        if counts != self._counts:
+            if any(self._counts.get(region, count) != count for region, count in counts.items()):
+                self._uses.varies = True
+                self._uses.watch_again()
+            self._counts = {**self._counts, **counts}
         if self._known is None:
-            self._known = [region for region in self._candidates if region in called or region in self._optional]
+            self._known = [region for region in self._candidates if region in calls or region in self._optional]
             return
-        missing = [region for region in self._known if region not in called and region not in self._optional]
+        missing = [region for region in self._known if region not in calls and region not in self._optional]
         if missing:  # another way through the model: look again, at all of it, in the next pass
             self._optional.update(self._known)
             self._known = None

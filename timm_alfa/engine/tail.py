@@ -43,7 +43,7 @@ class Tail:
                 self._calls[region] = calls
             elif calls and calls[0].order <= last:
                 self._calls[region] = [call for call in calls if call.order <= last]
-        self._handed: list[tuple[OutputUse, list[Tensor]]] = []
+        self._handed: list[tuple[OutputUse, list[Tensor], bool]] = []  # whether it was written into since
 
     def run(self, value: Any, detach: bool, watch: bool = False) -> Any:
         """One replay, see :meth:`Replay.replay`.
@@ -87,8 +87,11 @@ class Tail:
             reads: What was watched.
         """
         self._uses.of(self._block, 0).read = True
-        for use, tensors in self._handed:
-            use.read |= any(id(tensor) in reads.seen for tensor in tensors)
+        for use, tensors, stale in self._handed:
+            if any(id(tensor) in reads.seen for tensor in tensors):
+                use.read = True
+                if stale:
+                    self._replay.note_stale(use.region)
         self._handed.clear()
 
     def _call(self, region: Region, calls: Iterator[Call], /, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +109,7 @@ class Tail:
                 "recomputation would not see the perturbation; turn checkpointing off or choose another block"
             )
         use, copy = call.use, self._uses.needs_copy(call.use)
-        if self._last is not None:
+        if self._last is not None and (self._watch or region.name == self._block):
             self._note_draws(*self._last)
         if call.state is not None:
             call.state.restore()
@@ -115,20 +118,17 @@ class Tail:
             self._reached = True
             self._interception.stop()
             return copied(self._value) if copy else self._value
-        if copy:
-            output = copied(call.output)
-        else:
-            output = call.output
-            versions = call.versions if use.read else None
-            if versions is not None and [tensor._version for tensor in tensors_of(output)] != versions:
-                raise RuntimeError(
-                    f"the output of {use.region!r} was modified in place after it was remembered, which it was not in "
-                    "earlier steps; build a new AlfaWrapper after changing the model or its mode"
-                )
+        stale = call.versions is not None and [t._version for t in tensors_of(call.output)] != call.versions
+        if stale and use.read and not self._watch:
+            raise RuntimeError(
+                f"the output of {use.region!r} was modified in place after it was remembered, which it was not in "
+                "earlier steps; build a new AlfaWrapper after changing the model or its mode"
+            )
+        output = copied(call.output) if copy else call.output
         if self._detach:
             output = detached(output)
         if self._watch:
-            self._handed.append((use, tensors_of(output)))
+            self._handed.append((use, tensors_of(output), stale))
         return output
 
     def _note_draws(self, use: OutputUse | None, state: RandomState) -> None:

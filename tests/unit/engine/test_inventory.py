@@ -78,24 +78,19 @@ def count_calls(function: Any) -> int:
     return count
 
 
-# What a step may cost the host, in Python calls of a plain one. Counted, not timed: the same on every machine, but for
-# what torch itself calls, which differs from version to version by a few per cent.
-BARS = {
-    "resnet20s": (32, 1.95, 3.5, 5.5),
-    "resnet50": (64, 1.45, 2.25, 5.0),
-    "test_vit": (160, 2.0, 3.9, 7.2),
-    "efficientnet_b0": (64, 1.4, 2.1, 5.1),
-    "convnext_atto": (64, 1.65, 2.65, 4.7),
-}
+# What a step may cost the host, in Python calls of a plain one: PGD-1, PGD-5, and L-ALFA at the stages. Counted, not
+# timed: the same on every machine, but for what torch itself calls, which differs from version to version.
+BARS = (1.4, 2.2, 6.0)
+SIZES = {"resnet20s": 32, "resnet50": 64, "test_vit": 160, "efficientnet_b0": 64, "convnext_atto": 64}
 
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 
 
 @pytest.mark.skipif(OLD, reason="counted with torch 2.14; older ones call more of their own")
-@pytest.mark.parametrize("name", BARS)
+@pytest.mark.parametrize("name", SIZES)
 def test_a_step_makes_few_python_calls(name: str) -> None:
-    size, *bars = BARS[name]
+    size = SIZES[name]
     images, target = torch.randn(2, 3, size, size), torch.tensor([1, 2])
 
     def calls_of(make: Any) -> int:
@@ -115,9 +110,9 @@ def test_a_step_makes_few_python_calls(name: str) -> None:
     criterion = nn.CrossEntropyLoss()
     plain = calls_of(lambda model: ClassificationTask(model, criterion, verbose=False))
     for bar, blocks, options in zip(
-        bars, ("@last", "@last", "@stages"), ({"steps": 1}, {"steps": 5}, {"learnable": True}), strict=True
+        BARS, ("@last", "@last", "@stages"), ({"steps": 1}, {"steps": 5}, {"learnable": True}), strict=True
     ):
         found = calls_of(
             lambda model, blocks=blocks, options=options: AlfaTask(model, criterion, blocks, verbose=False, **options)
         )
-        assert found / plain < bar, (blocks, options)
+        assert found / plain <= bar, (blocks, options)
