@@ -117,19 +117,31 @@ class Pgd:
             step: Training step, counted from 1.
             index: Of the block among the perturbed ones.
         """
+        return pgd.follow(self.search(feature, first_gradient, step=step, index=index), gradient_at)
+
+    def search(
+        self, feature: Sequence[Tensor], first_gradient: Sequence[Tensor] | None, *, step: int, index: int
+    ) -> pgd.Search:
+        """As :meth:`find`, but asks for gradients by yielding deltas: several blocks can search in step.
+
+        Args:
+            feature: The block's floating-point tensors, [B, ...] each.
+            first_gradient: d crit(T_i(f_i + delta), y) / d delta at delta = 0, where it is known.
+            step: Training step, counted from 1.
+            index: Of the block among the perturbed ones.
+        """
         alpha = pgd.absolute(parse_size(self.alpha), feature)
         eps = None if self.eps is None else pgd.absolute(parse_size(self.eps), feature)
-        return self._climb(feature, gradient_at, first_gradient, alpha, eps, step)
+        return self._climb(feature, first_gradient, alpha, eps, step)
 
     def _climb(
         self,
         like: Sequence[Tensor],
-        gradient_at: GradientAt,
         first_gradient: Sequence[Tensor] | None,
         alpha: pgd.Scale,
         eps: pgd.Scale | None,
         step: int,
-    ) -> list[Tensor]:
+    ) -> pgd.Search:
         """K steps from 0, of which the first is known if its gradient is, or from a random start."""
         if first_gradient is not None:
             delta = pgd.pgd_step(None, first_gradient, alpha=alpha, norm=self.norm, eps=eps)
@@ -139,7 +151,7 @@ class Pgd:
         else:
             delta = pgd.zeros(like)
         steps = self.steps - (first_gradient is not None)
-        return pgd.pgd(gradient_at, delta, steps=steps, alpha=alpha, norm=self.norm, eps=eps)
+        return pgd.climb(delta, steps=steps, alpha=alpha, norm=self.norm, eps=eps)
 
     def describe(self) -> str:
         """Steps, step size, norm and bound."""
@@ -168,21 +180,14 @@ class Moments(Pgd):
 
     channels_last: bool = False
 
-    def find(
-        self,
-        feature: Sequence[Tensor],
-        gradient_at: GradientAt,
-        first_gradient: Sequence[Tensor] | None,
-        *,
-        step: int,
-        index: int,
-    ) -> list[Tensor]:
-        """Delta of the feature after K steps on its moments.
+    def search(
+        self, feature: Sequence[Tensor], first_gradient: Sequence[Tensor] | None, *, step: int, index: int
+    ) -> pgd.Search:
+        """Delta of the feature after K steps on its moments, see :meth:`Pgd.search`.
 
         Args:
             feature: The block's floating-point tensors, [B, ...] each.
-            gradient_at: d crit(T_i(f_i + delta), y) / d delta, by one tail replay.
-            first_gradient: The same at delta = 0, where it is known.
+            first_gradient: d crit(T_i(f_i + delta), y) / d delta at delta = 0, where it is known.
             step: Training step, counted from 1.
             index: Of the block among the perturbed ones.
         """
@@ -200,15 +205,20 @@ class Moments(Pgd):
             return found
 
         like = [mean for mean, _, _ in parts for _ in range(2)]
-        shares = self._climb(
+        search = self._climb(
             like,
-            lambda found: at_shares(gradient_at(delta_of(found))),
             None if first_gradient is None else at_shares(first_gradient),
             _per_sample(self.alpha, like),
             None if self.eps is None else _per_sample(self.eps, like),
             step,
         )
-        return delta_of(shares)
+        gradients: Sequence[Tensor] | None = None
+        while True:
+            try:
+                shares = next(search) if gradients is None else search.send(at_shares(gradients))
+            except StopIteration as found:
+                return delta_of(found.value)
+            gradients = yield delta_of(shares)
 
     def describe(self) -> str:
         """As PGD's, on moments."""

@@ -8,7 +8,7 @@ which follow from the feature (:mod:`timm_alfa.sizes`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -130,8 +130,11 @@ def pgd_step(
     return project(moved, eps, norm)
 
 
-def pgd(
-    gradient_at: Callable[[list[Tensor]], Sequence[Tensor]],
+Search: TypeAlias = Generator[list[Tensor], Sequence[Tensor], list[Tensor]]
+"""Asks for gradients, ``gradient = yield delta``, and returns the delta that it found."""
+
+
+def climb(
     delta: Sequence[Tensor],
     *,
     steps: int,
@@ -139,11 +142,10 @@ def pgd(
     norm: Norm = "linf",
     eps: Scale | None = None,
     valid: Callable[[list[Tensor]], list[Tensor]] | None = None,
-) -> list[Tensor]:
-    """``steps`` times Eq. 4 from ``delta``.
+) -> Search:
+    """``steps`` times Eq. 4 from ``delta``, as a search.
 
     Args:
-        gradient_at: The loss's gradient with respect to the perturbation, at a given one.
         delta: Where to start.
         steps: How many steps, at least 0.
         alpha: Step size.
@@ -153,16 +155,40 @@ def pgd(
     """
     current = list(delta)
     for _ in range(steps):
-        current = pgd_step(current, gradient_at(current), alpha=alpha, norm=norm, eps=eps)
+        gradients = yield current
+        current = pgd_step(current, gradients, alpha=alpha, norm=norm, eps=eps)
         if valid is not None:
             current = valid(current)
     return current
 
 
-def is_finite(parts: Sequence[Tensor]) -> Tensor:
-    """[]: whether every entry is finite; entries near the end of float32's range may count as infinite."""
+def follow(search: Search, gradient_at: Callable[[list[Tensor]], Sequence[Tensor]]) -> list[Tensor]:
+    """What a search finds.
+
+    Args:
+        search: Which.
+        gradient_at: The loss's gradient with respect to the perturbation, at a given one.
+    """
+    gradients: Sequence[Tensor] | None = None
+    while True:
+        try:
+            delta = next(search) if gradients is None else search.send(gradients)
+        except StopIteration as found:
+            result: list[Tensor] = found.value
+            return result
+        gradients = gradient_at(delta)
+
+
+def total(parts: Sequence[Tensor]) -> Tensor:
+    """[]: the sum of all entries, finite if they are; sums near the end of float32's range may count as infinite."""
     # A sum reads each entry once, whatever the memory layout: several times quicker than isfinite().all().
-    return torch.stack([part.detach().sum(dtype=working_dtype(part.dtype)) for part in parts]).isfinite().all()
+    sums = [part.detach().sum(dtype=working_dtype(part.dtype)) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def is_finite(parts: Sequence[Tensor]) -> Tensor:
+    """[]: whether every entry is finite, as far as :func:`total` tells."""
+    return total(parts).isfinite()
 
 
 def l2_norms(delta: Sequence[Tensor]) -> Tensor:

@@ -15,10 +15,13 @@ from .engine.aux_batchnorm import AuxBatchNorms
 from .engine.batchnorm import BatchNormMode
 from .engine.compiler import stays_eager
 from .engine.core import Engine, Gradient, check_model
+from .engine.recording import Recording
 from .eta import Eta, EtaSet, EtaStepper
 from .perturbation import Perturbation, Pgd, Space, pgd_in
 from .pgd import Init, Norm
 from .sizes import Relative
+
+JOINT = " + "  # between the names of blocks that were perturbed together
 
 
 @dataclass
@@ -28,6 +31,7 @@ class AlfaOutput:
     Args:
         output: The model's output for the clean input.
         adv_outputs: Block name -> the model's output with that block's feature perturbed; empty in evaluation mode.
+            With ``joint`` one output with all of them perturbed, under ``"a + b"``.
         deltas: Block name -> delta before eta scales it, detached, in the structure of the block's output.
         eta: [r], one strength per block: ones, or the learned values of L-ALFA.
     """
@@ -70,6 +74,9 @@ class AlfaWrapper(nn.Module):
         bn: ``"clean"``: running statistics move with the clean pass only. ``"shared"``: with every pass. ``"aux"``:
             adversarial passes have affine parameters and statistics of their own, which the optimizer has to be built
             after; they are no part of the ``state_dict`` (see ``aux``), and the first step costs a tail replay too.
+        joint: Perturb all blocks in one adversarial pass from the first of them on, by one attack that follows the loss
+            with all of them perturbed: one tail pass, and one per attack step, however many blocks there are. Each
+            keeps a step size and a ball of its own.
         learnable: L-ALFA: eta is learned (Eq. 5). Otherwise eta is 1.
         eta_set: P, the set onto which eta is projected: ``"hyperplane"`` or ``"simplex"``.
         eta_lr: Learning rate of eta's own SGD, above 0; see :meth:`follow`.
@@ -98,6 +105,7 @@ class AlfaWrapper(nn.Module):
         space: Space = "values",
         grad: Gradient = "full",
         bn: BatchNormMode = "clean",
+        joint: bool = False,
         learnable: bool = False,
         eta_set: EtaSet = "hyperplane",
         eta_lr: float = 0.01,
@@ -108,7 +116,9 @@ class AlfaWrapper(nn.Module):
         if perturbation is None:
             perturbation = pgd_in(space, model, alpha, steps, eps, norm, init)
         eta = partial(Eta, learnable=learnable, eta_set=eta_set, lr=eta_lr)
-        self.engine = Engine(model, criterion, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, eta=eta)
+        self.engine = Engine(
+            model, criterion, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, joint=joint, eta=eta
+        )
         self.module = model
         self.criterion = criterion
 
@@ -150,9 +160,21 @@ class AlfaWrapper(nn.Module):
         with recording.end.left_as_is(), engine.without_side_effects():
             gradients = engine.clean_gradients(recording, target)
         with engine.adversarial_pass(recording):
+            if engine.joint:
+                return self._output(recording, *self._jointly(recording, target, gradients))
             deltas = {b: engine.find_delta(recording, b, target, gradients.get(b)) for b in self.blocks}
-            adv_outputs = {b: engine.adversarial_output(recording, b, deltas[b]) for b in self.blocks}
-        shaped = {block: recording.features[block].rebuild(delta) for block, delta in deltas.items()}
+            adv_outputs = {b: engine.adversarial_output(recording, {b: deltas[b]}) for b in self.blocks}
+        return self._output(recording, deltas, adv_outputs)
+
+    def _jointly(self, recording: Recording, target: Any, gradients: dict[str, list[Tensor]]) -> tuple[Any, Any]:
+        """Perturbations of all blocks, and the one output with all of them."""
+        in_order = sorted(self.blocks, key=recording.order.__getitem__)
+        features = {block: recording.features[block] for block in in_order}
+        deltas = self.engine.find_deltas(recording, features, target, gradients)
+        return deltas, {JOINT.join(self.blocks): self.engine.adversarial_output(recording, deltas)}
+
+    def _output(self, recording: Recording, deltas: dict[str, list[Tensor]], adv_outputs: dict[str, Any]) -> AlfaOutput:
+        shaped = {block: recording.features[block].rebuild(deltas[block]) for block in self.blocks}
         return AlfaOutput(recording.output, adv_outputs, shaped, self.eta.values)
 
     def follow(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:

@@ -84,7 +84,7 @@ def test_scales_per_channel() -> None:
     alpha = torch.tensor([0.1, 0.2]).view(1, 2, 1)
     eps = torch.tensor([0.15, 1.0]).view(1, 2, 1)
     gradient = torch.tensor([[[1.0, -1.0], [-2.0, 0.0]]])
-    (delta,) = pgd.pgd(lambda _: [gradient], pgd.zeros([gradient]), steps=2, alpha=alpha, eps=eps)
+    (delta,) = pgd.follow(pgd.climb(pgd.zeros([gradient]), steps=2, alpha=alpha, eps=eps), lambda _: [gradient])
     torch.testing.assert_close(delta, torch.tensor([[[0.15, -0.15], [-0.4, 0.0]]]))
 
 
@@ -109,10 +109,10 @@ def test_perturb_climbs_to_the_top_within_what_is_valid() -> None:
     def valid(delta: list[Tensor]) -> list[Tensor]:
         return [part.clamp(max=0.25) for part in delta]
 
-    (delta,) = pgd.pgd(gradient_at, [torch.zeros(1, 1)], steps=4, alpha=0.1, valid=valid)
+    (delta,) = pgd.follow(pgd.climb([torch.zeros(1, 1)], steps=4, alpha=0.1, valid=valid), gradient_at)
     assert seen == [0.0, 0.1, 0.2, 0.25]
     assert delta.item() == 0.25
-    assert pgd.pgd(gradient_at, [delta], steps=0, alpha=0.1)[0] is delta
+    assert pgd.follow(pgd.climb([delta], steps=0, alpha=0.1), gradient_at)[0] is delta
 
 
 @pytest.mark.parametrize("norm", pgd.NORMS)

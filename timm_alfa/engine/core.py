@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from .random_sources import random_sources
 from .randomness import RandomState, random_devices
 from .recording import Feature, Recording
 from .replay import Replay
+from .tail import NOTHING, Change
 from .trace import blank_batch, evaluating
 
 Gradient = Literal["full", "tail"]
@@ -44,6 +46,7 @@ class Engine:
         perturbation: What finds delta.
         grad: ``"full"``: adversarial losses also train what comes before the block. ``"tail"``: they do not.
         bn: Which passes move running statistics, see :class:`~timm_alfa.AlfaWrapper`.
+        joint: Whether all blocks are perturbed in one adversarial pass, see :class:`~timm_alfa.AlfaWrapper`.
         eta: Block names -> their strengths.
 
     Raises:
@@ -60,6 +63,7 @@ class Engine:
         *,
         grad: Gradient = "full",
         bn: BatchNormMode = "clean",
+        joint: bool = False,
         eta: Callable[[list[str]], Eta] = Eta,
     ):
         if not callable(criterion):
@@ -67,17 +71,20 @@ class Engine:
         for name, value, choices in (("grad", grad, GRADIENTS), ("bn", bn, BATCH_NORM_MODES)):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+        if joint and not hasattr(perturbation, "search"):
+            raise TypeError(f"perturbation: joint ones need a method search, as Pgd has, found {perturbation!r}")
         self.model = model
         self.criterion = criterion
         self.blocks = list(blocks)
         self.perturbation = perturbation
         self.grad: Gradient = grad
         self.bn: BatchNormMode = bn
+        self.joint = joint
         self.eta = eta(self.blocks)
         self.passes = 0  # training steps made
         self.aux = AuxBatchNorms(model) if bn == "aux" else None
         self._aux_checked = False
-        self._replay: Replay | None = Replay(model, blocks)
+        self._replay: Replay | None = Replay(model, blocks, joint=joint)
         self._inventory = self._replay.inventory
         self._statistics = Statistics(model, self._inventory)
 
@@ -182,7 +189,7 @@ class Engine:
 
         def gradient_at(delta: list[Tensor]) -> list[Tensor]:
             leaves = [part.detach().requires_grad_() for part in delta]
-            value = feature.rebuild(_add(feature, clean, leaves))
+            value = feature.rebuild(add_to(feature, clean, leaves))
             output = self._active_replay().replay(recording, block, value, detach=True)
             found = gradients_or_zeros(block, self._gradient(output, target, leaves, feature.tensors), leaves)
             if note is not None:
@@ -197,17 +204,88 @@ class Engine:
         with self._statistics.kept():  # only what is trained on counts
             return self.perturbation.find(feature.tensors, gradient_at, first_gradient, step=self.passes, index=index)
 
-    def adversarial_output(self, recording: Recording, block: str, delta: Sequence[Tensor]) -> Any:
-        """T_i(f_i + eta_i * delta_i), connected to the weights, to eta, and in ``grad="full"`` to f_i.
+    def find_deltas(
+        self,
+        recording: Recording,
+        features: Mapping[str, Feature],
+        target: Any,
+        first_gradients: Mapping[str, Sequence[Tensor]],
+        note: Callable[[Sequence[Tensor]], object] | None = None,
+    ) -> dict[str, list[Tensor]]:
+        """The perturbations of several blocks, all steps of which follow the loss with all blocks perturbed.
 
         Args:
             recording: Of the clean pass.
-            block: Its name.
-            delta: What :meth:`find_delta` returned.
+            features: Block name -> its feature, in order of execution: tails are replayed from the first.
+            target: What the criterion takes.
+            first_gradients: By block, the gradient at delta = 0, if it is known; else every step is a tail replay.
+            note: Called with every gradient that a delta follows.
         """
-        feature = recording.features[block]
+        indices = {block: self.blocks.index(block) for block in features}
+        # Before the first step everything is the clean pass, whose gradients are known.
+        searches = {
+            block: self.perturbation.search(  # type: ignore[attr-defined]  # checked on construction
+                feature.tensors, first_gradients.get(block), step=self.passes, index=indices[block]
+            )
+            for block, feature in features.items()
+        }
+        if note is not None:
+            for gradient in first_gradients.values():
+                note(gradient)
+        asked: dict[str, list[Tensor]] = {}
+        gradients: dict[str, list[Tensor]] = {}
+        with self._statistics.kept() if self.aux is not None else nullcontext():  # only what is trained on counts
+            while searches:
+                for block, search in list(searches.items()):
+                    try:
+                        asked[block] = search.send(gradients[block]) if gradients else next(search)
+                    except StopIteration as found:
+                        asked[block] = found.value
+                        del searches[block]
+                if searches:
+                    gradients = self._joint_gradients(recording, features, target, asked)
+                    if note is not None:
+                        for block in searches:
+                            note(gradients[block])
+        return {block: asked[block] for block in features}
+
+    def _joint_gradients(
+        self, recording: Recording, features: Mapping[str, Feature], target: Any, deltas: Mapping[str, Sequence[Tensor]]
+    ) -> dict[str, list[Tensor]]:
+        """d crit / d delta of every block, with all of them perturbed, by one replay from the first."""
+        leaves = {block: [part.detach().requires_grad_() for part in deltas[block]] for block in features}
+        first = next(iter(features))
+        clean = [tensor.detach() for tensor in features[first].tensors]
+        value = features[first].rebuild(add_to(features[first], clean, leaves[first]))
+        later = {
+            block: partial(add_to, feature, delta=leaves[block])
+            for block, feature in features.items()
+            if block != first
+        }
+        output = self._active_replay().replay(recording, first, value, detach=True, later=later)
+        of_features = [tensor for feature in features.values() for tensor in feature.tensors]
+        found = iter(self._gradient(output, target, [leaf for part in leaves.values() for leaf in part], of_features))
+        return {
+            block: gradients_or_zeros(block, [next(found) for _ in parts], parts) for block, parts in leaves.items()
+        }
+
+    def adversarial_output(self, recording: Recording, deltas: Mapping[str, Sequence[Tensor]]) -> Any:
+        """The output with some blocks perturbed, connected to the weights, to eta, and in ``grad="full"`` to f_i.
+
+        For one block T_i(f_i + eta_i * delta_i).
+
+        Args:
+            recording: Of the clean pass.
+            deltas: Block name -> its perturbation; of several blocks, in one pass.
+        """
+        first, *others = sorted(deltas, key=recording.order.__getitem__)
+        feature = recording.features[first]
         tensors = feature.tensors if self.grad == "full" else [tensor.detach() for tensor in feature.tensors]
-        return self.replay(recording, block, feature.rebuild(self.perturbed(block, feature, tensors, delta)))
+        later = {
+            block: partial(self.perturbed, block, recording.features[block], delta=deltas[block]) for block in others
+        }
+        value = feature.rebuild(self.perturbed(first, feature, tensors, deltas[first]))
+        return self.replay(recording, first, value, later=later)
 
     def perturbed(
         self, block: str, feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor]
@@ -220,20 +298,30 @@ class Engine:
             tensors: The floating-point tensors of it, each [B, ...], as they are or detached.
             delta: One tensor of the same shape for each.
         """
-        if self.eta.learnable:
-            strength = self.eta.values[self.blocks.index(block)]
-            delta = [strength.to(part.dtype) * part for part in delta]
-        return _add(feature, tensors, delta)
+        return add_to(feature, tensors, self.scaled(block, delta))
 
-    def replay(self, recording: Recording, block: str, value: Any) -> Any:
+    def scaled(self, block: str, delta: Sequence[Tensor]) -> Sequence[Tensor]:
+        """eta_i * delta_i.
+
+        Args:
+            block: Its name.
+            delta: [B, ...] each.
+        """
+        if not self.eta.learnable:
+            return delta
+        strength = self.eta.values[self.blocks.index(block)]
+        return [strength.to(part.dtype) * part for part in delta]
+
+    def replay(self, recording: Recording, block: str, value: Any, later: Mapping[str, Change] = NOTHING) -> Any:
         """T_i(value): only the tail of the block computes.
 
         Args:
             recording: Of the clean pass.
             block: Its name.
             value: What it returns, nested as in the clean pass.
+            later: Blocks in the tail -> what becomes of their outputs.
         """
-        return self._active_replay().replay(recording, block, value)
+        return self._active_replay().replay(recording, block, value, later=later)
 
     def check_blocks(self, input_size: tuple[int, ...]) -> None:
         """Try the blocks out on two blank inputs, before training starts; nothing of the model moves.
@@ -279,7 +367,7 @@ class Engine:
         return attack_gradients(loss, inputs, [*tensors_of(output), *features], retain_graph=retain_graph)
 
 
-def _add(feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
+def add_to(feature: Feature, tensors: Sequence[Tensor], delta: Sequence[Tensor]) -> list[Tensor]:
     """f + delta in the precision of delta. Under autocast it stays there, where rounding to bfloat16 would lose it."""
     sums = []
     for tensor, part in zip(tensors, delta, strict=True):

@@ -52,22 +52,35 @@ class Gradients:
     def backward_clean(self, loss: Tensor, weight: float) -> None:
         """From the clean loss down to the cuts and to the weights behind the last one."""
         self.clean_weight = weight
-        self._backward_both([loss * self.scale], [None], len(self.cuts))
+        self._backward_both([self._scaled(loss)], [None], len(self.cuts))
 
-    def backward_adversarial(self, loss: Tensor, perturbed: list[Tensor], cut: Cut, weight: float) -> list[Tensor]:
-        """From an adversarial loss down its tail; returns its gradient at the perturbed feature."""
+    def backward_adversarial(
+        self, loss: Tensor, leaves: list[Tensor], cut: Cut, weight: float, *, count: int
+    ) -> list[Tensor]:
+        """From an adversarial loss down its tail.
+
+        Args:
+            loss: Scalar.
+            leaves: The perturbed feature at the cut, then what was added to later ones.
+            cut: Where the tail begins.
+            weight: Factor of the loss.
+            count: How many leaves are the perturbed feature.
+
+        Returns:
+            The loss's gradients at the leaves.
+        """
         before = self.cuts.index(cut)
-        at_feature, at_cuts, at_weights = self._backward([loss * self.scale], [None], perturbed, before)
+        at_leaves, at_cuts, at_weights = self._backward([self._scaled(loss)], [None], leaves, before)
         _accumulate(self.of_weights, at_weights, weight)
         gradients = [
             torch.zeros_like(tensor) if gradient is None else gradient
-            for tensor, gradient in zip(perturbed, at_feature, strict=True)
+            for tensor, gradient in zip(leaves, at_leaves, strict=True)
         ]
         full = self.engine.grad == "full"
         if full or any(gradient is not None for gradient in at_cuts):
             self._mix()
         if full:
-            _accumulate(self.total[cut.order], gradients, weight)
+            _accumulate(self.total[cut.order], gradients[:count], weight)
         if self.mixed:
             self._accumulate_cuts(self.total, at_cuts, weight)
         self._note_bypasses(at_cuts)
@@ -112,6 +125,9 @@ class Gradients:
         _accumulate(self.of_weights, at_weights, self.clean_weight)
         self._accumulate_cuts(self.clean, at_cuts, 1.0)
 
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.scale if self.float16 else loss
+
     def _mix(self) -> None:
         if not self.mixed:
             self.total = {cut.order: self._total_at(cut) for cut in self.cuts}
@@ -120,7 +136,7 @@ class Gradients:
     def _total_at(self, cut: Cut) -> list[Tensor | None]:
         if self.mixed:
             return self.total[cut.order]
-        return [None if clean is None else clean * self.clean_weight for clean in self.clean[cut.order]]
+        return [None if clean is None else weighted(clean, self.clean_weight) for clean in self.clean[cut.order]]
 
     def _backward(
         self,
@@ -228,6 +244,11 @@ class Gradients:
                 return
             yield cut, found[start:end]
             start = end
+
+
+def weighted(value: Tensor, weight: float) -> Tensor:
+    """weight * value; for weight 1 the value itself."""
+    return value if weight == 1 else value * weight
 
 
 def _accumulate(totals: list[Tensor | None], found: Sequence[Tensor | None], weight: float) -> None:

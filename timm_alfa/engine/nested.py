@@ -6,12 +6,12 @@ some layers do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 
 def is_floating(leaf: Any) -> TypeGuard[Tensor]:
@@ -37,6 +37,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
     if isinstance(output, Tensor):
         return function(output)
     return tree_map_only(Tensor, function, output)
+
+
+def change_floating(function: Callable[[list[Tensor]], Sequence[Tensor]], output: Any) -> Any:
+    """The same structure with other floating-point tensors.
+
+    Args:
+        function: All floating-point tensors of the output -> as many others.
+        output: What a module returned.
+    """
+    leaves, spec = tree_flatten(output)
+    changed = iter(function([leaf for leaf in leaves if is_floating(leaf)]))
+    return tree_unflatten([next(changed) if is_floating(leaf) else leaf for leaf in leaves], spec)
 
 
 def memory_of(tensors: Iterable[Tensor]) -> set[int]:

@@ -44,7 +44,7 @@ def random_sources(model: nn.Module) -> tuple[Source, ...]:
     found = [Source("Python's random", random.getstate, random.setstate)]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        found.append(Source("numpy.random", numpy.random.get_state, numpy.random.set_state))
+        found.append(Source("numpy.random", _numpy_state, _set_numpy_state))
     seen: set[int] = set()
     for name, value in _attributes(model):
         source = None if id(value) in seen else _source(name, value)
@@ -52,6 +52,18 @@ def random_sources(model: nn.Module) -> tuple[Source, ...]:
             seen.add(id(value))
             found.append(source)
     return tuple(found)
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    """As plain values, which every step compares at once."""
+    name, keys, *others = sys.modules["numpy"].random.get_state()
+    return (0, name, keys.tobytes(), *others)
+
+
+def _set_numpy_state(state: tuple[Any, ...]) -> None:
+    numpy = sys.modules["numpy"]
+    _, name, keys, *others = state
+    numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *others))
 
 
 def moved(before: Any, after: Any) -> bool:
@@ -66,7 +78,7 @@ def moved(before: Any, after: Any) -> bool:
     if isinstance(before, dict):
         return any(moved(value, after[key]) for key, value in before.items())
     if isinstance(before, (tuple, list)):
-        if before and isinstance(before[0], int):  # Python's 625 numbers
+        if before and isinstance(before[0], int):  # Python's and numpy's: plain values
             return bool(before != after)
         return any(moved(one, other) for one, other in zip(before, after, strict=True) if one is not other)
     different = before != after

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class Feature:
         leaves = [next(remaining) if is_floating(leaf) else leaf for leaf in self.leaves]
         return tree_unflatten(leaves, self.spec)
 
+    def detached(self) -> Feature:
+        """The same without the graph behind it."""
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return Feature([leaf for leaf in leaves if is_floating(leaf)], leaves, self.spec, self.autocast, self.leaf)
+
 
 @dataclass(eq=False)
 class Cut:
@@ -68,7 +73,7 @@ class Cut:
     use: OutputUse | None = None
 
 
-class Call:
+class Call(NamedTuple):
     """One call of a region that finished before the last block did.
 
     Args:
@@ -79,21 +84,11 @@ class Call:
         state: Random state when the call had finished; not kept if nothing is drawn before the next call.
     """
 
-    __slots__ = ("order", "output", "state", "use", "versions")
-
-    def __init__(
-        self,
-        use: OutputUse,
-        order: int,
-        output: Any,
-        versions: list[int] | None = None,
-        state: RandomState | None = None,
-    ):
-        self.use = use
-        self.order = order
-        self.output = output
-        self.versions = versions
-        self.state = state
+    use: OutputUse
+    order: int
+    output: Any
+    versions: list[int] | None = None
+    state: RandomState | None = None
 
 
 @dataclass
@@ -159,12 +154,15 @@ class OutputUses:
     """What earlier passes showed about regions' outputs, by region and call.
 
     Args:
-        blocks: Names of the blocks, whose replays are still to be watched.
+        blocks: Names of the blocks.
+        joint: Whether one of them alone is replayed from; otherwise all are.
     """
 
-    def __init__(self, blocks: Collection[str]):
+    def __init__(self, blocks: Collection[str], *, joint: bool = False):
         self._blocks = frozenset(blocks)
-        self.unwatched = set(blocks)
+        self._joint = joint
+        self.watched: set[str] = set()  # blocks whose replays were watched
+        self.pending = True  # some replay is still to be watched
         self.by_call: dict[tuple[str, int], OutputUse] = {}
         self.drawn_before = False  # random numbers, before the first region was called
         self.varies = False  # how often a region runs: what is known of one output then says nothing of the next
@@ -182,12 +180,13 @@ class OutputUses:
 
     def needs_copy(self, use: OutputUse) -> bool:
         """Whether somebody else writes into this output while a replay needs it as it was."""
-        return self.varies or not use.seen or (use.mutated and (use.read or bool(self.unwatched)))
+        return self.varies or not use.seen or (use.mutated and (use.read or self.pending))
 
-    def watched(self, block: str) -> None:
+    def note_watched(self, block: str) -> None:
         """After a watched replay; the last one tells which outputs need no care."""
-        self.unwatched.discard(block)
-        if not (self.unwatched or self.varies):
+        self.watched.add(block)
+        self.pending = not (self._joint or self.watched >= self._blocks)
+        if not (self.pending or self.varies):
             for use in self.by_call.values():
                 use.settled = use.seen
                 care = use.read or use.drawn_after or use.region in self._blocks
@@ -195,7 +194,8 @@ class OutputUses:
 
     def watch_again(self) -> None:
         """The model does something that it did not do before: the next replays are watched."""
-        self.unwatched = set(self._blocks)
+        self.watched.clear()
+        self.pending = True
         for use in self.by_call.values():
             use.settled = use.simple = False
 
@@ -231,7 +231,7 @@ class RecordPass:
         self.cut = cut
         self.draws = draws
         self.first = first
-        self.whole = bool(uses.unwatched)
+        self.whole = uses.pending
         self.interception = Interception({region: partial(self.call, region) for region in regions})
         self.calls: dict[Region, list[Call]] = {}
         self.features: dict[str, Feature] = {}
@@ -261,7 +261,8 @@ class RecordPass:
             calls = self.calls[region] = []
         use = self.uses.by_call.get((region.name, len(calls)))
         if use is not None and use.simple:
-            calls.append(Call(use, self.count, output, [output._version] if isinstance(output, Tensor) else None))
+            versions = [output._version] if isinstance(output, Tensor) else None
+            calls.append(tuple.__new__(Call, (use, self.count, output, versions, None)))
             self.count += 1
             return output
         return self._keep(region, calls, output)
@@ -281,7 +282,10 @@ class RecordPass:
             handed = copied(handed)
             tensors = tensors_of(handed)
             self.copies.append((use, tensors_of(output), tensors, [tensor._version for tensor in tensors]))
-        versions = [tensor._version for tensor in tensors_of(output)]
+        if isinstance(output, Tensor):
+            versions = [output._version]
+        else:
+            versions = [tensor._version for tensor in tensors_of(output)]
         state = None
         if region.is_block or (self.draws and (use.drawn_after or not use.settled)):
             state = self.start.again()
@@ -308,10 +312,12 @@ class RecordPass:
 
     def _keep_feature(self, region: Region, output: Any) -> Any:
         """Note a chosen block's output; returns it with a gradient, should a frozen prefix have left it without."""
-        if isinstance(output, Tensor):
-            leaves, spec = [output], LEAF
-        else:
-            leaves, spec = tree_flatten(output)
+        if isinstance(output, Tensor) and output.is_floating_point():
+            leaf = output if output.requires_grad else output.detach().requires_grad_()
+            autocast = torch.is_autocast_enabled(leaf.device.type)
+            self.features[region.name] = Feature([leaf], [leaf], LEAF, autocast, True)
+            return leaf
+        leaves, spec = tree_flatten(output)
         floating = [index for index, leaf in enumerate(leaves) if is_floating(leaf)]
         if not floating:
             raise BlockError(
@@ -325,7 +331,7 @@ class RecordPass:
                 leaves[index] = leaves[index].view_as(leaves[index])
         tensors = [leaves[index] for index in floating]
         autocast = torch.is_autocast_enabled(tensors[0].device.type)
-        feature = Feature(tensors, leaves, spec, autocast, leaf=isinstance(output, Tensor))
+        feature = Feature(tensors, leaves, spec, autocast)
         self.features[region.name] = feature
         return feature.rebuild(tensors)
 
@@ -355,6 +361,6 @@ class RecordPass:
                 # What a module was given and returned as it is (nn.Identity) would have been written to without copies.
                 written |= memory_of(returned)
         for use, *_ in self.copies:
-            if not use.seen and not self.uses.unwatched:
+            if not use.seen and not self.uses.pending:
                 self.uses.watch_again()  # one that there was not when replays were watched
             use.seen = True

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from .nested import copied, tensors_of
 from .random_sources import Source, moved, random_sources
 from .randomness import RandomState, random_devices
 from .recording import Call, OutputUses, Recording, RecordPass
-from .tail import Reads, Tail
+from .tail import NOTHING, Change, Reads, Tail
 
 _logger = logging.getLogger(__name__)
 
@@ -40,17 +40,19 @@ class Replay:
     Args:
         model: Any module; not itself compiled (what it consists of may be).
         blocks: Name -> submodule. Each must run exactly once per forward.
+        joint: Whether only the first of them, in order of execution, is replayed from.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]):
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], *, joint: bool = False):
         self.model = model
         _refuse_blocks_inside(model, blocks)
         self._given = dict(blocks)
         self.blocks = {name: last_of_sequence(model, block) for name, block in blocks.items()}
         self._candidates = list(find_regions(model, self.blocks))
+        self._of_block = {region.name: region for region in self._candidates if region.is_block}
         self._known: list[Region] | None = None  # the regions, once a clean pass has shown them
         self._optional: set[Region] = set()  # regions that some passes do without (layers dropped at random)
-        self._uses = OutputUses(self.blocks)
+        self._uses = OutputUses(self.blocks, joint=joint)
         self._counts: dict[Region, int] = {}  # how often each region ran
         self.inventory = Inventory(model)
         self._draws = True  # the model, random numbers, as far as is known: until a first pass without any
@@ -104,14 +106,8 @@ class Replay:
         finally:
             pass_.interception.stop()
             del pass_.interception  # a cycle, which would keep the clean graph until the next garbage collection
-        missing = [name for name in self.blocks if name not in pass_.order]
-        if missing and dict(self.model.named_modules()).get(missing[0]) is not self._given[missing[0]]:
-            raise BlockError(
-                f"block {missing[0]!r} was replaced after AlfaWrapper was built; build AlfaWrapper afterwards, and to "
-                "compile call its compile()"
-            )
-        if missing:
-            raise BlockError(f"block {missing[0]!r} did not run in the model's forward; choose one that does")
+        if len(pass_.order) != len(self.blocks):
+            self._refuse(next(name for name in self.blocks if name not in pass_.order))
         self._note_input(inputs, versions)
         pass_.note_mutations()
         self._note_regions(pass_.calls)
@@ -151,7 +147,15 @@ class Replay:
             pass_.order,
         )
 
-    def replay(self, recording: Recording, block: str, value: Any, *, detach: bool = False) -> Any:
+    def replay(
+        self,
+        recording: Recording,
+        block: str,
+        value: Any,
+        *,
+        detach: bool = False,
+        later: Mapping[str, Change] = NOTHING,
+    ) -> Any:
         """The model's output when ``block`` returns ``value``: only its tail computes.
 
         The random state runs through the same values as in the clean pass and is left where the tail leaves it.
@@ -161,18 +165,22 @@ class Replay:
             block: Name of the block.
             value: In the structure of the block's output.
             detach: Cut the remembered outputs of earlier regions (skip connections around the block) from the graph.
+            later: Blocks that run in the tail -> what becomes of their outputs.
         """
         tail = recording.tails.get(block)
         if tail is None:
             tail = recording.tails[block] = Tail(self, recording, block)
-        if block not in self._uses.unwatched:
-            return tail.run(value, detach)
+        changes = {self._of_block[name]: change for name, change in later.items()} if later else NOTHING
+        if block in self._uses.watched:
+            return tail.run(value, detach, changes)
         reads = Reads()
         with torch.compiler.set_stance("force_eager"), reads:  # operations are watched
-            output = tail.run(value, detach, watch=True)
+            output = tail.run(value, detach, changes, watch=True)
         tail.note_reads(reads)
         if recording.whole:
-            self._uses.watched(block)
+            self._uses.note_watched(block)
+        else:
+            self._uses.watch_again()
         return output
 
     def compile(self, **options: Any) -> None:
@@ -209,6 +217,14 @@ class Replay:
     def writes_input(self) -> bool:
         """Whether the model writes into what it is given."""
         return bool(self._writes_input)
+
+    def _refuse(self, missing: str) -> NoReturn:
+        if dict(self.model.named_modules()).get(missing) is not self._given[missing]:
+            raise BlockError(
+                f"block {missing!r} was replaced after AlfaWrapper was built; build AlfaWrapper afterwards, and to "
+                "compile call its compile()"
+            )
+        raise BlockError(f"block {missing!r} did not run in the model's forward; choose one that does")
 
     def _note_input(self, inputs: list[Tensor], versions: list[int]) -> None:
         """A model that writes into its input (normalises it in place) leaves nothing to run it again on but a copy."""

@@ -71,7 +71,7 @@ def sweep_sizes(
                         for block in engine.blocks:
                             delta = engine.find_delta(recording, block, target, gradients.get(block))
                             with torch.no_grad():
-                                output = engine.adversarial_output(recording, block, delta)
+                                output = engine.adversarial_output(recording, {block: delta})
                                 loss = scalar_loss(engine.criterion, output, target).item()
                             flips = int((_chosen(output) != chosen).sum())
                             sums[block][index] += torch.tensor([loss - clean, flips], dtype=torch.float64)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_leaves
 from ..errors import BlockError
 from .grad_checkpointing import inside_checkpoint
 from .interception import Interception, Region
-from .nested import copied, detached, tensors_of
+from .nested import change_floating, copied, detached, tensors_of
 from .randomness import RandomState
 from .recording import Call, OutputUse, Recording
 
 if TYPE_CHECKING:
     from .replay import Replay
+
+Change: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]  # a block's floating-point tensors -> perturbed ones
+NOTHING: Mapping[Any, Change] = {}
 
 
 class Tail:
@@ -45,15 +48,16 @@ class Tail:
                 self._calls[region] = [call for call in calls if call.order <= last]
         self._handed: list[tuple[OutputUse, list[Tensor], bool]] = []  # whether it was written into since
 
-    def run(self, value: Any, detach: bool, watch: bool = False) -> Any:
+    def run(self, value: Any, detach: bool, later: Mapping[Region, Change] = NOTHING, watch: bool = False) -> Any:
         """One replay, see :meth:`Replay.replay`.
 
         Args:
             value: What the block returns.
             detach: Cut the outputs of earlier regions from the graph.
+            later: What becomes of the outputs of blocks in the tail.
             watch: Note which of them are read, and where random numbers are drawn; compiled code is left out.
         """
-        self._value, self._detach, self._watch = value, detach, watch
+        self._value, self._detach, self._later, self._watch = value, detach, later, watch
         self._reached = False
         self._last: tuple[OutputUse | None, RandomState] | None = None  # drawn from since, unless it is None
         if self._draws:
@@ -75,7 +79,7 @@ class Tail:
             self._interception.stop()
             for module in checkpointing:
                 module.grad_checkpointing = True  # type: ignore[assignment]
-            del self._value, self._interception
+            del self._value, self._later, self._interception
         if not self._reached:
             raise BlockError(f"block {self._block!r} ran in the clean pass but not in its replay")
         return output
@@ -103,11 +107,7 @@ class Tail:
 
     def _hand_out(self, region: Region, call: Call) -> Any:
         """What the region returned, with whatever care it needs; from the block on, the model is left to itself."""
-        if inside_checkpoint():
-            raise BlockError(
-                f"block {self._block!r} cannot be replayed inside a checkpointed part of the model, whose "
-                "recomputation would not see the perturbation; turn checkpointing off or choose another block"
-            )
+        _refuse_checkpoint(self._block)
         use, copy = call.use, self._uses.needs_copy(call.use)
         if self._last is not None and (self._watch or region.name == self._block):
             self._note_draws(*self._last)
@@ -117,6 +117,9 @@ class Tail:
         if region.name == self._block:
             self._reached = True
             self._interception.stop()
+            if self._later:
+                self._interception = Interception({r: partial(self._changed, r) for r in self._later})
+                self._interception.start()
             return copied(self._value) if copy else self._value
         stale = call.versions is not None and [t._version for t in tensors_of(call.output)] != call.versions
         if stale and use.read and not self._watch:
@@ -130,6 +133,11 @@ class Tail:
         if self._watch:
             self._handed.append((use, tensors_of(output), stale))
         return output
+
+    def _changed(self, region: Region, /, *args: Any, **kwargs: Any) -> Any:
+        """In place of a block in the tail: its output, perturbed."""
+        _refuse_checkpoint(region.name)
+        return change_floating(self._later[region], region.compute(args, kwargs, eager=self._watch))
 
     def _note_draws(self, use: OutputUse | None, state: RandomState) -> None:
         """Whether random numbers were drawn since a state was restored after an output, or at the start."""
@@ -152,6 +160,14 @@ class Tail:
             interception.start()
 
 
+def _refuse_checkpoint(block: str) -> None:
+    if inside_checkpoint():
+        raise BlockError(
+            f"block {block!r} cannot be replayed inside a checkpointed part of the model, whose recomputation would "
+            "not see the perturbation; turn checkpointing off or choose another block"
+        )
+
+
 class Reads(TorchFunctionMode):
     """Remembers every tensor that an operation took while it was active."""
 
@@ -160,5 +176,7 @@ class Reads(TorchFunctionMode):
         self.seen: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) or getattr(func, "__name__", "") != "__get__":  # a shape or a dtype is no value
+            self.seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return result

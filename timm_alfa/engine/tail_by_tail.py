@@ -16,19 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..loss import AlfaLoss, scalar_loss
-from ..pgd import is_finite
-from .core import Engine
-from .gradients import Gradients
+from ..pgd import total
+from .core import Engine, add_to
+from .gradients import Gradients, weighted
 from .hand_over import LossScale, refusing_gradients
 from .nested import detached, map_tensors
-from .recording import Cut, Recording
+from .recording import Cut, Feature, Recording
+from .tail import Change
 
+NO_GRADIENT = torch.empty(0)
 Observer: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
 
@@ -44,7 +47,7 @@ class StepResult:
         observed: Block name -> what ``observe`` returned for its perturbation and feature.
         finite: What has to be finite -> whether it is, [] on the device: per block its feature, its adversarial loss
             and, unless gradients are scaled (float16), those that its perturbation follows.
-        eta_gradient: Of the objective with respect to eta, [r]; zeros unless it is learned.
+        eta_gradient: Of the objective with respect to eta, [r]; [0] unless it is learned.
         others: Leaves that the loss depends on besides the model's parameters and what was given to the step.
     """
 
@@ -95,69 +98,137 @@ class TailByTailStep:
         recording = engine.record(input, cut=weights.keys())
         clean = scalar_loss(self.objective.criterion, recording.output, target)
         gradients = Gradients(engine, recording, self._loss_scale, outer)
-        result = StepResult(
-            clean, detached(recording.output), clean.detach(), {}, {}, torch.zeros_like(engine.eta.values), {}
-        )
-        result.loss = clean_weight * result.clean
+        result = StepResult(clean, detached(recording.output), clean.detach(), {}, {}, NO_GRADIENT, {})
+        result.loss = weighted(result.clean, clean_weight)
+        if engine.eta.learnable:
+            result.eta_gradient = torch.zeros_like(engine.eta.values)
         gradients.backward_clean(clean, clean_weight)
         del clean
-        attacks_left = len(weights)
+        attack = _Attack(self, recording, target, gradients, result, observe)
+        attacked = [cut for cut in recording.cuts if cut.block is not None]
         for cut in reversed(recording.cuts):
-            if cut.block is not None:
+            if cut.block is not None and engine.joint:
+                attack.prepare(cut)
+                attacked.pop()
+                if not attacked:  # this is the first block: the tails of the others are part of its own
+                    recording.forget(after=cut.order)
+                    attack.run(cut, next(iter(weights.values())))
+            elif cut.block is not None:
                 recording.forget(after=cut.order)
-                with engine.adversarial_pass(recording):
-                    self._attack(recording, cut, target, weights[cut.block], gradients, result, observe)
-                attacks_left -= 1
+                attack.prepare(cut)
+                attack.run(cut, weights[cut.block])
+                attacked.pop()
             if cut is not recording.cuts[0]:
-                gradients.backward_piece(cut, attacks_left=attacks_left > 0 and engine.starts_from_clean)
+                gradients.backward_piece(cut, attacks_left=bool(attacked) and engine.starts_from_clean)
         if engine.eta.learnable and self.objective.gamma:
             penalty = self.objective.penalty(engine.eta.values)
             result.eta_gradient += torch.autograd.grad(penalty, engine.eta.values)[0]
             result.loss = result.loss + penalty.detach().to(result.loss)
         if len(weights) == len(engine.blocks):
             gradients.forget_idle_cuts()
+        result.finite = attack.finite()
         result.loss = gradients.hand_over(result.loss)
         result.others = gradients.others
         if result.loss.requires_grad:
             result.output = map_tensors(lambda tensor: refusing_gradients(result.loss, tensor), result.output)
         return result
 
-    def _attack(
+
+class _Attack:
+    """Perturbs blocks, one after another or all together, and adds adversarial losses' values and gradients."""
+
+    def __init__(
         self,
+        step: TailByTailStep,
         recording: Recording,
-        cut: Cut,
         target: Any,
-        weight: float,
         gradients: Gradients,
         result: StepResult,
         observe: Observer | None,
-    ) -> None:
-        """Perturb one block, and add its adversarial loss's value and gradients."""
-        engine, block = self.engine, cut.block
+    ):
+        self.engine, self.objective = step.engine, step.objective
+        self.recording, self.target = recording, target
+        self.gradients, self.result, self.observe = gradients, result, observe
+        self.features: dict[str, Feature] = {}  # of the blocks that are perturbed next
+        self.first: dict[str, list[Tensor]] = {}  # their gradients at delta = 0
+        self.totals: dict[str, Tensor] = {}  # what has to be finite
+
+    def prepare(self, cut: Cut) -> None:
+        """Take in a block, before the graph in front of it is walked."""
+        block = cut.block
         assert block is not None
-        feature = recording.features[block]
-        first = gradients.clean_at(cut) if engine.starts_from_clean else None
-        found: list[Tensor] = []
-        delta = engine.find_delta(recording, block, target, first, note=lambda step: found.append(is_finite(step)))
-        if observe is not None:
-            result.observed[block] = observe(delta, feature.tensors)
-        perturbed = [
-            part.detach().requires_grad_() for part in engine.perturbed(block, feature, feature.tensors, delta)
-        ]
-        output = engine.replay(recording, block, feature.rebuild(perturbed))
-        loss = self.objective.adversarial_term(output, result.output, target)
+        feature = self.recording.features[block]
+        # Of several, later ones are not walked on to: without their graphs, which can be freed.
+        self.features = {block: feature, **{name: other.detached() for name, other in self.features.items()}}
+        if self.engine.starts_from_clean:
+            self.first[block] = self.gradients.clean_at(cut)
+
+    def run(self, cut: Cut, weight: float) -> None:
+        """Perturb the blocks that were taken in, in one adversarial pass from the first of them on.
+
+        Args:
+            cut: At the first block.
+            weight: Factor of the adversarial loss.
+        """
+        with self.engine.adversarial_pass(self.recording):
+            self._run(cut, weight)
+        self.features, self.first = {}, {}
+
+    def _run(self, cut: Cut, weight: float) -> None:
+        engine, recording, result, features = self.engine, self.recording, self.result, self.features
+        start = next(iter(features))
+        found: list[Tensor] = []  # a sum of every gradient that a delta follows
+
+        def note(gradients: Sequence[Tensor]) -> None:
+            found.append(total(gradients))
+
+        if engine.joint:
+            deltas = engine.find_deltas(recording, features, self.target, self.first, note)
+        else:
+            deltas = {start: engine.find_delta(recording, start, self.target, self.first.get(start), note)}
+        leaves: list[Tensor] = []
+        later: dict[str, Change] = {}
+        perturbed: list[Tensor] = []
+        for block, feature in features.items():
+            delta = deltas[block]
+            if self.observe is not None:
+                result.observed[block] = self.observe(delta, feature.tensors)
+            self.totals[f"feature of {block}"] = total(feature.tensors)
+            if block == start:
+                parts = engine.perturbed(block, feature, feature.tensors, delta)
+                perturbed = [part.detach().requires_grad_() for part in parts]
+                leaves += perturbed
+            else:
+                parts = [part.detach().requires_grad_() for part in engine.scaled(block, delta)]
+                later[block] = partial(add_to, feature, delta=parts)
+                leaves += parts
+        output = engine.replay(recording, start, features[start].rebuild(perturbed), later)
+        loss = self.objective.adversarial_term(output, result.output, self.target)
         del output
-        result.adversarial[block] = loss.detach()
-        result.loss = result.loss + weight * result.adversarial[block]
-        result.finite[f"feature of {block}"] = is_finite(feature.tensors)
-        if found and not gradients.float16:  # scaled gradients overflow now and then
-            result.finite[f"perturbation of {block}"] = torch.stack(found).all()
-        result.finite[f"adversarial loss of {block}"] = loss.detach().isfinite()
-        at_feature = gradients.backward_adversarial(loss, perturbed, cut, weight)
+        value = loss.detach()
+        result.loss = result.loss + weighted(value, weight)
+        for block in features:
+            result.adversarial[block] = value
+        name = " + ".join(features)
+        self.totals[f"adversarial loss of {name}"] = value
+        if found and not self.gradients.float16:  # scaled gradients overflow now and then
+            self.totals[f"perturbation of {name}"] = total(found)
+        at_leaves = self.gradients.backward_adversarial(loss, leaves, cut, weight, count=len(perturbed))
         if engine.eta.learnable:
             wide = result.eta_gradient.dtype  # float64 where the device has it
-            slope = torch.stack([(g.to(wide) * d.to(wide)).sum() for g, d in zip(at_feature, delta, strict=True)]).sum()
-            result.eta_gradient[engine.blocks.index(block)] += weight * slope / gradients.scale
+            remaining = iter(at_leaves)
+            for block, delta in deltas.items():
+                slopes = [(next(remaining).to(wide) * part.to(wide)).sum() for part in delta]
+                slope = torch.stack(slopes).sum()
+                result.eta_gradient[engine.blocks.index(block)] += weight * slope / self.gradients.scale
+
+    def finite(self) -> dict[str, Tensor]:
+        """What has to be finite -> whether it is, by one operation for all."""
+        if not self.totals:
+            return {}
+        device = self.result.loss.device
+        totals = [value.to(device, torch.float32, non_blocking=True) for value in self.totals.values()]
+        return dict(zip(self.totals, torch.stack(totals).isfinite().unbind(), strict=True))
 
 
 def _aliased(input: Any, target: Any) -> tuple[Any, Any, list[Tensor]]:

@@ -88,6 +88,10 @@ FLAGS = (
         source="Eq. 3; kl as in VAT",
     ),
     Flag(
+        "alfa_joint", False, "perturb all blocks together, by one attack and in one adversarial pass from the first on",
+        bool, group=OBJECTIVE, argument="joint", source="as the all-layer margin (Wei and Ma 2020)",
+    ),
+    Flag(
         "alfa_lambda", 1.0, "weight of the adversarial losses; 0 is plain training", number, expected=WEIGHT,
         valid=at_least_zero, group=OBJECTIVE, argument="lam", source="lambda in Eq. 3",
     ),
@@ -136,9 +140,9 @@ class AlfaTask(MethodTask):
     ``AlfaLoss(criterion)(AlfaWrapper(model, ...)(input, target), target)``, but each tail is differentiated once and
     freed at once, see :mod:`timm_alfa.engine.tail_by_tail`.
 
-    ``alpha``, ``steps``, ``eps``, ``norm``, ``init``, ``space``, ``grad``, ``bn``, ``learnable`` and ``eta_set`` are as
-    for :class:`~timm_alfa.AlfaWrapper`. ``lam``, ``gamma``, ``reduction`` and ``objective`` are as for
-    :class:`~timm_alfa.AlfaLoss`.
+    ``alpha``, ``steps``, ``eps``, ``norm``, ``init``, ``space``, ``grad``, ``bn``, ``joint``, ``learnable`` and
+    ``eta_set`` are as for :class:`~timm_alfa.AlfaWrapper`. ``lam``, ``gamma``, ``reduction`` and ``objective`` are as
+    for :class:`~timm_alfa.AlfaLoss`.
 
     Args:
         model: The model to train, on its device.
@@ -179,6 +183,7 @@ class AlfaTask(MethodTask):
         space: Space = "values",
         grad: Gradient = "full",
         bn: BatchNormMode = "clean",
+        joint: bool = False,
         lam: float = 1.0,
         gamma: float = 0.0,
         reduction: Reduction = "sum",
@@ -207,8 +212,12 @@ class AlfaTask(MethodTask):
             raised = VirtualLoss(self.criterion)
             self.criterion = LabelledLoss(self.criterion)
         eta = partial(Eta, learnable=learnable, eta_set=eta_set, lr=eta_lr)
-        self.engine = Engine(model, raised, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, eta=eta)
+        self.engine = Engine(
+            model, raised, resolve_blocks(model, blocks), perturbation, grad=grad, bn=bn, joint=joint, eta=eta
+        )
         found = self.engine.blocks
+        if joint and sample_blocks is not None:
+            raise ValueError("sample_blocks: joint=True perturbs all blocks for the price of one; expected None")
         if sample_blocks is not None and not 1 <= sample_blocks <= len(found):
             raise ValueError(f"sample_blocks: expected 1 to {len(found)}, the number of blocks, found {sample_blocks}")
         asked = [blocks] if isinstance(blocks, str) else list(blocks)
@@ -271,7 +280,7 @@ class AlfaTask(MethodTask):
             "loss": found.loss,
             "output": found.output,
             "loss_clean": found.clean,
-            "loss_adv": torch.stack(list(found.adversarial.values())).mean(),
+            "loss_adv": mean_of(list(found.adversarial.values())),
             "loss_adv_by_block": found.adversarial,
             "finite": found.finite,
             "observed": found.observed,
@@ -297,7 +306,7 @@ class AlfaTask(MethodTask):
     def _weights(self) -> tuple[float, dict[str, float]]:
         """Factors of the clean loss and of the adversarial losses of this step's blocks."""
         blocks = self.engine.blocks
-        of_clean, of_adversarial = self.objective.weights(len(blocks))
+        of_clean, of_adversarial = self.objective.weights(1 if self.engine.joint else len(blocks))
         if self.sample_blocks is None:
             return of_clean, dict.fromkeys(blocks, of_adversarial)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.engine.passes) % 2**63)
@@ -359,7 +368,7 @@ class AlfaTask(MethodTask):
         kind = ", divergence" if loss.objective == "kl" else ""
         head = (
             f"{title}: {engine.perturbation.describe()}, lambda {loss.lam:g}, {loss.reduction}{kind}, "
-            f"gradients {engine.grad}, batch norm {engine.bn}"
+            f"gradients {engine.grad}, batch norm {engine.bn}{', all blocks together' if engine.joint else ''}"
         )
         return [head, *format_blocks(infos).splitlines()]
 
@@ -393,6 +402,11 @@ class AlfaTask(MethodTask):
         self.monitor.history.write(folder)
 
 
+def mean_of(losses: list[Tensor]) -> Tensor:
+    """The mean of some scalars."""
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """What one flag alone does not show.
 
@@ -401,6 +415,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if args.alfa_init == "uniform" and args.alfa_eps is None:
         raise UsageError("--alfa-init uniform: starts within a bound; give one with --alfa-eps")
+    if args.alfa_joint and args.alfa_sample_blocks is not None:
+        raise UsageError(
+            f"--alfa-sample-blocks {args.alfa_sample_blocks}: --alfa-joint perturbs all blocks for the price of one; "
+            "leave one of them out"
+        )
 
 
 def build(

@@ -134,14 +134,9 @@ class PixelAttack:
         self, images: Tensor, delta: Tensor, gradient_at: Callable[[list[Tensor]], list[Tensor]], steps: int
     ) -> Tensor:
         std = self._per_channel(self.std, images)
-        (found,) = pgd.pgd(
-            gradient_at,
-            [delta],
-            steps=steps,
-            alpha=self.alpha / 255 / std,
-            eps=self.eps / 255 / std,
-            valid=self._valid(images),
-        )
+        alpha, eps = self.alpha / 255 / std, self.eps / 255 / std
+        search = pgd.climb([delta], steps=steps, alpha=alpha, eps=eps, valid=self._valid(images))
+        (found,) = pgd.follow(search, gradient_at)
         return found
 
     def _valid(self, images: Tensor) -> Callable[[list[Tensor]], list[Tensor]]:

@@ -39,7 +39,7 @@ class Fate(enum.Enum):
 _NAMES: dict[Fate, str] = {
     Fate.EFFECTIVE: """
         alfa_list_blocks alfa_dry_run alfa_alpha alfa_steps alfa_eps alfa_norm alfa_init alfa_lambda alfa_reduction
-        alfa_grad alfa_gamma alfa_eta_lr alfa_sample_blocks alfa_space alfa_objective
+        alfa_grad alfa_gamma alfa_eta_lr alfa_sample_blocks alfa_space alfa_objective alfa_joint
         advprop_eps advprop_alpha advprop_steps advprop_init advprop_targeted advprop_attack_bn advprop_reduction
         fast_advprop_share fast_advprop_eps fast_advprop_alpha
         noise_sigma noise_lambda noise_reduction noise_objective noise_grad
