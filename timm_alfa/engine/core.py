@@ -24,6 +24,7 @@ from .aux_batchnorm import AuxBatchNorms, norms_behind
 from .batchnorm import BATCH_NORM_MODES, BatchNormMode, Statistics
 from .compiler import is_compiled
 from .float16 import attack_gradients
+from .inventory import Inventory
 from .nested import tensors_of
 from .random_sources import random_sources
 from .randomness import RandomState, random_devices
@@ -92,6 +93,21 @@ class Engine:
     def starts_from_clean(self) -> bool:
         """Whether the first step of an attack takes its gradient from the clean pass: delta = 0 must be that pass."""
         return self.perturbation.starts_from_clean and self.aux is None
+
+    @property
+    def inventory(self) -> Inventory:
+        """Modules and parameters of the model."""
+        return self._inventory
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Around steps that read no random state: their model is known to draw nothing."""
+        replay = self._active_replay()
+        replay.frozen = True
+        try:
+            yield
+        finally:
+            replay.frozen = False
 
     def trainable(self) -> list[nn.Parameter]:
         """The model's parameters that require a gradient, as the last clean pass had them."""

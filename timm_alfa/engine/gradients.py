@@ -116,7 +116,7 @@ class Gradients:
         found += zip(self.cuts[0].tensors, self._total_at(self.cuts[0]), strict=True)
         known = [(tensor, gradient) for tensor, gradient in found if gradient is not None]
         tensors, gradients = [tensor for tensor, _ in known], [gradient for _, gradient in known]
-        handed: Tensor = HandOver.apply(loss, self.loss_scale, self.scale, gradients, *tensors)
+        handed: Tensor = HandOver.apply(loss, self.loss_scale, self.scale, gradients, False, *tensors)
         return handed
 
     def _backward_both(self, outputs: list[Tensor], gradients: Sequence[Tensor | None], before: int) -> None:

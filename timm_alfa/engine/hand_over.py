@@ -22,10 +22,16 @@ class HandOver(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, loss_scale: LossScale, scale: Tensor | float, gradients: list[Tensor], *tensors: Tensor
+        ctx: Any,
+        loss: Tensor,
+        loss_scale: LossScale,
+        scale: Tensor | float,
+        gradients: list[Tensor],
+        shared: bool,
+        *tensors: Tensor,
     ) -> Tensor:
-        """The loss."""
-        ctx.loss_scale, ctx.scale, ctx.gradients = loss_scale, scale, gradients
+        """The loss; ``shared`` gradients are somebody else's, too, and not given away."""
+        ctx.loss_scale, ctx.scale, ctx.gradients, ctx.shared = loss_scale, scale, gradients, shared
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         return loss.clone()
 
@@ -39,10 +45,10 @@ class HandOver(torch.autograd.Function):
             raise RuntimeError("the loss of an AlfaTask can be walked backward once; call the task again")
         scaled, ctx.gradients = ctx.gradients, None  # nobody else holds them: they become the weights' own
         ratio = factor / ctx.scale  # on an accelerator, looking at it would cost more than to multiply
-        if scaled and (ratio.device.type != "cpu" or ratio.item() != 1):
+        if scaled and (ctx.shared or ratio.device.type != "cpu" or ratio.item() != 1):
             scaled = torch._foreach_mul(scaled, ratio)
         cast = [gradient.to(dtype) for gradient, dtype in zip(scaled, ctx.dtypes, strict=True)]
-        return None, None, None, None, *cast
+        return None, None, None, None, None, *cast
 
 
 class _RefuseGradients(torch.autograd.Function):

@@ -25,7 +25,7 @@ class Inventory:
     """
 
     def __init__(self, model: nn.Module):
-        self._model = model
+        self.model = model
         self._list()
 
     def refresh(self) -> None:
@@ -50,8 +50,8 @@ class Inventory:
         return [module for module in self._switches if module.__dict__.get("grad_checkpointing")]
 
     def _list(self) -> None:
-        self.modules = list(self._model.modules())
-        self.parameters = list(self._model.parameters())
+        self.modules = list(self.model.modules())
+        self.parameters = list(self.model.parameters())
         self._children = list(chain.from_iterable(map(dict.values, map(_children, self.modules))))
         self._entries: list[Any] = list(chain.from_iterable(map(dict.values, map(_parameters, self.modules))))
         self._switches = [module for module in self.modules if hasattr(module, "grad_checkpointing")]

@@ -22,8 +22,6 @@ class RandomState:
         sources: What else may be drawn from.
     """
 
-    __slots__ = ("_generators", "devices", "others", "sources", "states")
-
     def __init__(self, devices: Sequence[torch.device] = (), sources: Sequence[Source] = ()):
         self.devices = tuple(devices)
         self.sources = tuple(sources)
@@ -67,6 +65,18 @@ class RandomState:
             yield
         finally:
             self.restore()
+
+
+class NoRandomState(RandomState):
+    """In place of states that nothing is drawn from, and that must not be read: while a CUDA graph is captured."""
+
+    def __init__(self) -> None:
+        self.devices, self.sources, self._generators = (), (), []
+        self.states, self.others = [], []
+
+    def again(self) -> RandomState:
+        """This one."""
+        return self
 
 
 class _StateOf:

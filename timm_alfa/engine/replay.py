@@ -27,7 +27,7 @@ from .interception import Region, find_regions
 from .inventory import Inventory
 from .nested import copied, tensors_of
 from .random_sources import Source, moved, random_sources
-from .randomness import RandomState, random_devices
+from .randomness import NoRandomState, RandomState, random_devices
 from .recording import Call, OutputUses, Recording, RecordPass
 from .tail import NOTHING, Change, Reads, Tail
 
@@ -55,6 +55,7 @@ class Replay:
         self._uses = OutputUses(self.blocks, joint=joint)
         self._counts: dict[Region, int] = {}  # how often each region ran
         self.inventory = Inventory(model)
+        self.frozen = False  # random states are left alone, as nothing is drawn
         self._draws = True  # the model, random numbers, as far as is known: until a first pass without any
         self._sources: tuple[Source, ...] | None = None  # of random numbers, besides torch's; found in the first pass
         self._drawn_from: tuple[Source, ...] = ()  # those that some pass has drawn from
@@ -95,9 +96,12 @@ class Replay:
         first = self._sources is None
         if self._sources is None:
             self._sources = self._drawn_from = random_sources(self.model)
-        untouched = [source for source in self._sources if source not in self._drawn_from]
+        untouched = [] if self.frozen else [source for source in self._sources if source not in self._drawn_from]
         states = [source.get() for source in untouched]
-        start = RandomState(random_devices(self.inventory, args), self._drawn_from)
+        if self.frozen:
+            start: RandomState = NoRandomState()
+        else:
+            start = RandomState(random_devices(self.inventory, args), self._drawn_from)
         regions = self._candidates if self._known is None else self._known
         pass_ = RecordPass(regions, self.blocks, self._uses, start, cut, draws=self._draws, first=self._known is None)
         try:

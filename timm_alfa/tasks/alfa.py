@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..blocks.resolve import format_blocks, list_blocks, resolve_blocks
 from ..engine.batchnorm import BATCH_NORM_MODES, BatchNormMode
 from ..engine.compiler import stays_eager
 from ..engine.core import GRADIENTS, Engine, Gradient, check_model
+from ..engine.inventory import Inventory
 from ..engine.tail_by_tail import TailByTailStep
 from ..errors import BlockError, UsageError
 from ..eta import ETA_SETS, Eta, EtaSet, EtaStepper
@@ -156,12 +158,14 @@ class AlfaTask(MethodTask):
             the objective ``"kl"`` and the init ``"uniform"``.
         seed: Of the draws of ``sample_blocks``.
         perturbation: Another way to find delta, in place of alpha, steps, eps, norm, init and space.
+        cuda_graph: Launch each step as one CUDA graph, see :mod:`timm_alfa.engine.cuda_graph`.
         device: Device of the task.
         dtype: Dtype of the task.
         verbose: Log what the task does.
 
     Raises:
-        ValueError, TypeError: An argument is out of its range. BlockError: A block does not resolve.
+        ValueError, TypeError: An argument is out of its range, or does not go with ``cuda_graph``. BlockError: A block
+            does not resolve.
     """
 
     title = "ALFA"
@@ -195,6 +199,7 @@ class AlfaTask(MethodTask):
         unlabeled: bool = False,
         seed: int = 0,
         perturbation: Perturbation | None = None,
+        cuda_graph: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -235,6 +240,34 @@ class AlfaTask(MethodTask):
         if learnable:
             self._stepper = EtaStepper(self.engine.eta, model.parameters())
             self._stepper.listen()
+        if cuda_graph:
+            if sample_blocks is not None:
+                raise ValueError("cuda_graph: sample_blocks draws blocks anew in each step; leave one of them out")
+            if getattr(perturbation, "init", "zero") != "zero" or not isinstance(perturbation, Pgd):
+                raise ValueError("cuda_graph: would repeat the attack's random start; expected Pgd with init='zero'")
+            self.use_cuda_graph()
+
+    def graph_inventory(self) -> Inventory:
+        """Of the model."""
+        return self.engine.inventory
+
+    def graph_variant(self) -> Hashable:
+        """Some steps also take the perturbations' norms."""
+        return self.monitor.norms_due
+
+    @contextmanager
+    def graph_mode(self) -> Iterator[None]:
+        """Nothing is asked of random states, and no step is counted."""
+        passes = self.engine.passes
+        try:
+            with self.engine.frozen():
+                yield
+        finally:
+            self.engine.passes = passes
+
+    def graph_replayed(self) -> None:
+        """Count the step."""
+        self.engine.passes += 1
 
     def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
@@ -250,8 +283,10 @@ class AlfaTask(MethodTask):
             The model.
 
         Raises:
-            ValueError: The mode makes CUDA graphs, see :meth:`AlfaWrapper.compile`.
+            ValueError: The mode makes CUDA graphs, see :meth:`AlfaWrapper.compile`, or the task does.
         """
+        if self.graphed is not None:
+            raise ValueError("cuda_graph: does not go with torch.compile; leave one of them out")
         self.engine.compile(backend=backend, mode=mode, **compile_kwargs)
         return self.engine.model
 

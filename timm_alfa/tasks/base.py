@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..engine.batchnorm import Statistics
 from ..engine.compiler import allow_second_walks
+from ..engine.cuda_graph import GraphedStep
 from ..engine.inventory import Inventory
 from ..engine.random_sources import Source, random_sources
 from ..engine.randomness import RandomState, random_devices, step_generator
@@ -55,6 +56,18 @@ class MethodTask(ClassificationTask):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.models = _Models(model, model)
         self.monitor = LossMonitor(self.reported, self.device)
+        self.graphed: GraphedStep | None = None
+
+    def use_cuda_graph(self) -> None:
+        """Launch each step as one CUDA graph, see :mod:`timm_alfa.engine.cuda_graph`.
+
+        Raises:
+            ValueError: The task is on no CUDA device, or its steps cannot be captured.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(f"cuda_graph: needs a CUDA device, found {self.device}")
+        self.second_derivatives = False
+        self.graphed = GraphedStep(self)  # type: ignore[arg-type]  # tasks that can be captured call this
 
     def compute(self, input: Any, target: Any) -> dict[str, Any]:
         """One training step.
@@ -87,13 +100,15 @@ class MethodTask(ClassificationTask):
             loss = scalar_loss(self.criterion, output, target)
             return {"loss": loss, "output": output, **{name: loss.detach().clone() for name in self.reported}}
         distributed = isinstance(self.trainable_module, DistributedDataParallel)
-        result: dict[str, Any] = (self.trainable_module if distributed else self.compute)(input, target)
+        step = self.trainable_module if distributed else self.graphed or self.compute
+        assert step is not None
+        result: dict[str, Any] = step(input, target)
         return self.finish(result)
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> MethodTask:
         """Wrap the whole step in DDP: one DDP forward per step, however often the model runs inside."""
         self.eval_model = self.models.called
-        step = _DistributedStep(self.models.called, self.criterion, self.compute)
+        step = _DistributedStep(self.models.called, self.criterion, self.graphed or self.compute)
         self.trainable_module = DistributedDataParallel(step, device_ids=device_ids, **ddp_kwargs)
         return self
 
