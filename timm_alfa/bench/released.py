@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ..engine.interception import watch_outputs
 from ..engine.replay import Replay
 from ..errors import UsageError
-from .variants import CRITERION, Loss, Variant, label
+from .variants import CRITERION, Loss, Mode, Variant, label
 
 
 def released(blocks: Sequence[str], *, steps: int = 1) -> Variant:
     """Per block a forward up to it and K + 1 tails from its detached output, then a clean forward; the mean loss."""
 
-    def build(model: nn.Module, example: Tensor, compiled: bool) -> Loss:
-        if compiled:
+    def build(model: nn.Module, example: Tensor, mode: Mode) -> Loss:
+        if mode != "eager":
             raise UsageError("runs eagerly, as its original does")
         replay = Replay(model, {name: model.get_submodule(name) for name in blocks})
         recording = replay.record((example,))  # tells replays what to leave out; its features are not used

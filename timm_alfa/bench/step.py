@@ -28,7 +28,7 @@ from . import common, methods
 from .memory import fresh_process_environment, peak_memory
 from .picture import draw_bars
 from .timing import compare
-from .variants import Variant, training_step
+from .variants import Mode, Variant, training_step
 
 # named otherwise before torch 2.7
 _RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = TrainParser(prog="python -m timm_alfa.bench step", description="Cost of a training step, by method.")
     methods.add_arguments(parser)
     common.add_arguments(parser)
+    parser.add_argument("--cuda-graph", action="store_true", help="plain and ALFA's steps as CUDA graphs; no others")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a fresh process per method)")
     parser.add_argument("--output", default=None, metavar="PATH", help="write PATH.json, PATH.md and PATH.png")
     parser.add_argument("--measure-memory-of", default=None, help=argparse.SUPPRESS)
@@ -53,6 +54,10 @@ def main(argv: Sequence[str]) -> None:
     """
     args = build_parser().parse_args(argv)
     common.check_arguments(args, positive=("steps",))
+    if args.cuda_graph and args.compile:
+        raise UsageError("--cuda-graph: does not go with --compile; leave one of them out")
+    if args.cuda_graph and torch.device(args.device).type != "cuda":
+        raise UsageError(f"--cuda-graph: needs a CUDA device, found --device {args.device}")
     model = common.create_model(args)
     variants = methods.select(args, model)
     images, target = _batch(args)
@@ -62,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         with torch._dynamo.config.patch({_RECOMPILE_LIMIT: 64}):
             if args.measure_memory_of is not None:
                 variant = next(variant for variant in variants if variant.name == args.measure_memory_of)
-                print(peak_memory(_step(args, variant, model, images, target, args.compile), device))
+                print(peak_memory(_step(args, variant, model, images, target, _mode(args)), device))
                 return
             rows, left_out = measure(args, variants, model, images, target)
     except BlockError as error:
@@ -92,9 +97,9 @@ def measure(
     left_out: dict[str, str] = {}
     for variant in variants:
         try:
-            steps[variant.name] = _step(args, variant, copy.deepcopy(model), images, target, compiled=args.compile)
+            steps[variant.name] = _step(args, variant, copy.deepcopy(model), images, target, _mode(args))
         except UsageError as error:
-            if not args.compile:
+            if _mode(args) == "eager":
                 raise
             left_out[variant.name] = str(error)
     ratios = compare(steps, rounds=args.rounds, warmup=3, device=torch.device(args.device))
@@ -142,11 +147,15 @@ def _batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def _step(
-    args: argparse.Namespace, variant: Variant, model: nn.Module, images: Tensor, target: Tensor, compiled: bool = False
+    args: argparse.Namespace, variant: Variant, model: nn.Module, images: Tensor, target: Tensor, mode: Mode = "eager"
 ) -> Callable[[], None]:
-    loss_of = variant.build(model, images, compiled)
+    loss_of = variant.build(model, images, mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)  # auxiliary norms are parameters now too
     return partial(training_step(loss_of, optimizer, common.autocast_for(args)), images, target)
+
+
+def _mode(args: argparse.Namespace) -> Mode:
+    return "graph" if args.cuda_graph else "compiled" if args.compile else "eager"
 
 
 def _flops(args: argparse.Namespace, variant: Variant, model: nn.Module, images: Tensor, target: Tensor) -> float:

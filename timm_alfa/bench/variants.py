@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.task import ClassificationTask
@@ -15,10 +15,12 @@ from ..errors import BlockError, UsageError
 from ..loss import AlfaLoss
 from ..peers import AdvPropTask, FastAdvPropTask, Moex, MoexTask, NoiseTask, PgdTask, PixelAttack
 from ..tasks.alfa import AlfaTask
+from ..tasks.plain import PlainTask
 from ..wrapper import AlfaWrapper
 from .common import Autocast
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Mode = Literal["eager", "compiled", "graph"]  # torch.compile; steps as CUDA graphs
 CRITERION = nn.CrossEntropyLoss()
 
 
@@ -28,21 +30,24 @@ class Variant:
 
     Args:
         name: As in the table.
-        build: (model, example images, compiled) -> a function from images and targets to the loss of one step. It may
-            add parameters to the model; raises UsageError where the method cannot be compiled.
+        build: (model, example images, mode) -> a function from images and targets to the loss of one step. It may add
+            parameters to the model; raises UsageError where the method does not run in the mode.
         draws_from: Where a step is one of several, drawn: those, whose mean cost is the floor.
     """
 
     name: str
-    build: Callable[[nn.Module, Tensor, bool], Loss]
+    build: Callable[[nn.Module, Tensor, Mode], Loss]
     draws_from: tuple[Variant, ...] = ()
 
 
 def plain(name: str = "plain") -> Variant:
     """The model and the criterion."""
 
-    def build(model: nn.Module, _: Tensor, compiled: bool) -> Loss:
-        called = torch.compile(model) if compiled else model
+    def build(model: nn.Module, _: Tensor, mode: Mode) -> Loss:
+        if mode == "graph":
+            task = PlainTask(model, CRITERION, cuda_graph=True, device=device_of(model), verbose=False)
+            return lambda x, y: task(x, y)["loss"]
+        called = torch.compile(model) if mode == "compiled" else model
         return lambda x, y: CRITERION(called(x), y)
 
     return Variant(name, build)
@@ -52,7 +57,7 @@ def alfa(blocks: Sequence[str], *, steps: int = 1) -> Variant:
     """``AlfaTask``, all blocks together."""
     return _task(
         f"ALFA PGD-{steps}, {label(blocks)}",
-        lambda model, _: AlfaTask(model, CRITERION, blocks, steps=steps, verbose=False),
+        lambda model, _: AlfaTask(model, CRITERION, blocks, steps=steps, device=device_of(model), verbose=False),
     )
 
 
@@ -60,7 +65,9 @@ def l_alfa(blocks: Sequence[str], *, steps: int = 1) -> Variant:
     """``AlfaTask`` with learned strengths, all blocks together."""
     return _task(
         f"L-ALFA PGD-{steps}, {label(blocks)}",
-        lambda model, _: AlfaTask(model, CRITERION, blocks, steps=steps, learnable=True, gamma=1.0, verbose=False),
+        lambda model, _: AlfaTask(
+            model, CRITERION, blocks, steps=steps, learnable=True, gamma=1.0, device=device_of(model), verbose=False
+        ),
     )
 
 
@@ -78,9 +85,11 @@ def l_alfa_drawn(blocks: Sequence[str], *, steps: int = 1) -> Variant:
 def alfa_wrapper(blocks: Sequence[str], *, steps: int = 1) -> Variant:
     """``AlfaWrapper`` and ``AlfaLoss``, for loops of one's own, all blocks together."""
 
-    def build(model: nn.Module, _: Tensor, compiled: bool) -> Loss:
+    def build(model: nn.Module, _: Tensor, mode: Mode) -> Loss:
         wrapper, loss = AlfaWrapper(model, CRITERION, blocks, steps=steps), AlfaLoss(CRITERION)
-        if compiled:
+        if mode == "graph":
+            raise UsageError("AlfaWrapper leaves its graph to the training loop, which captures nothing")
+        if mode == "compiled":
             wrapper.compile()
         return lambda x, y: loss(wrapper(x, y), y).loss
 
@@ -143,6 +152,11 @@ def training_step(loss_of: Loss, optimizer: torch.optim.Optimizer, autocast: Aut
     return step
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Of its first parameter."""
+    return next(model.parameters()).device
+
+
 def label(blocks: Sequence[str]) -> str:
     """For the name of a variant."""
     return blocks[0] if len(blocks) == 1 else f"{len(blocks)} blocks"
@@ -151,9 +165,13 @@ def label(blocks: Sequence[str]) -> str:
 def _task(
     name: str, create: Callable[[nn.Module, Tensor], ClassificationTask], draws_from: tuple[Variant, ...] = ()
 ) -> Variant:
-    def build(model: nn.Module, images: Tensor, compiled: bool) -> Loss:
+    def build(model: nn.Module, images: Tensor, mode: Mode) -> Loss:
         task: Any = create(model, images)
-        if compiled:
+        if mode == "graph":
+            if not isinstance(task, AlfaTask) or isinstance(task, NoiseTask) or task.sample_blocks is not None:
+                raise UsageError("draws something in every step, which a CUDA graph would repeat")
+            task.use_cuda_graph()
+        if mode == "compiled":
             task.compile()
         return lambda x, y: task(x, y)["loss"]
 

@@ -455,6 +455,23 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--alfa-sample-blocks {args.alfa_sample_blocks}: --alfa-joint perturbs all blocks for the price of one; "
             "leave one of them out"
         )
+    if getattr(args, "cuda_graph", False):
+        check_graph(args)
+
+
+def check_graph(args: argparse.Namespace) -> None:
+    """What a CUDA graph would repeat instead of drawing it anew.
+
+    Raises:
+        UsageError: Naming the flag.
+    """
+    if args.alfa_sample_blocks is not None:
+        raise UsageError(
+            f"--cuda-graph: does not go with --alfa-sample-blocks {args.alfa_sample_blocks}, which draws blocks in "
+            "each step; leave one of the two out"
+        )
+    if args.alfa_init != "zero":
+        raise UsageError(f"--cuda-graph: would repeat the random start of --alfa-init {args.alfa_init}; expected zero")
 
 
 def build(
@@ -479,6 +496,7 @@ def build(
                 f"{len(blocks)} ({', '.join(blocks)})"
             )
         arguments = {**settings(args, FLAGS), "blocks": blocks, "unlabeled": bool(getattr(args, "unlabeled_dir", ""))}
+        arguments["cuda_graph"] = getattr(args, "cuda_graph", False)
         task = task_type(model, criterion, **arguments, seed=getattr(args, "seed", 0), **common)
         if input_size is not None:
             task.engine.check_blocks(input_size)

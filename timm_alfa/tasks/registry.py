@@ -18,6 +18,7 @@ from ..blocks.resolve import format_blocks, list_blocks, resolve_blocks
 from ..errors import BlockError, UsageError
 from . import advprop, alfa, fast_advprop, moex, noise, pgd_at
 from .flags import Flag, add_flags, fill_flags, flag_text, refuse_flags
+from .plain import PlainTask
 
 
 class Method(NamedTuple):
@@ -137,6 +138,13 @@ def create_task(
     Raises:
         UsageError: The method does not go with the model, a block does not resolve or cannot be perturbed.
     """
+    graph = getattr(args, "cuda_graph", False)
+    if graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph: needs a CUDA device, found {device}")
+    if graph and args.method not in ("standard", "alfa"):
+        raise UsageError(f"--cuda-graph: captures plain training and ALFA, found --method {args.method}")
+    if args.method == "standard" and graph:
+        return PlainTask(model, criterion, cuda_graph=True, device=device, dtype=dtype, verbose=verbose)
     if args.method == "standard":
         return ClassificationTask(model, criterion, device=device, dtype=dtype, verbose=verbose)
     build = METHODS[args.method].build

@@ -96,7 +96,7 @@ def test_the_released_structure_trains_what_it_should(blocks: list[str], steps: 
     expected = plain_alfa(
         model, F.cross_entropy, images, target, blocks, alpha=0.5 / 255, steps=steps, grad="tail", reduction="mean"
     )
-    loss = released(blocks, steps=steps).build(model, images, False)(images, target)
+    loss = released(blocks, steps=steps).build(model, images, "eager")(images, target)
     loss.backward()
     torch.testing.assert_close(loss, expected.loss, rtol=1e-9, atol=0)
     whole = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
@@ -120,7 +120,7 @@ def test_a_training_step_moves_the_weights(variant: Variant) -> None:
     model = Small().train()
     images, target = batch(8, dtype=torch.float32)
     before = copy.deepcopy(model.state_dict())
-    loss_of = variant.build(model, images, False)
+    loss_of = variant.build(model, images, "eager")
     one = training_step(loss_of, torch.optim.SGD(model.parameters(), lr=0.1), lambda: torch.autocast("cpu"))
     one(images, target)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -100,6 +100,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise UsageError(f"--model-dtype {args.model_dtype}: --amp needs float32 weights; leave one of the two out")
     if args.pretrained_path and not args.pretrained:
         raise UsageError(f"--pretrained-path {args.pretrained_path}: is loaded only with --pretrained; add that")
+    if args.cuda_graph and args.torchcompile:
+        raise UsageError(f"--cuda-graph: does not go with --torchcompile {args.torchcompile}; leave one of the two out")
     check_objective(args)
     for name in ("scale", "ratio"):
         value = getattr(args, name)

@@ -139,6 +139,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile with torch.compile; without a value: inductor",
     )
     add("--torchcompile-mode", type=str, default=None, metavar="MODE", help="torch.compile mode")
+    add("--cuda-graph", action="store_true", help="launch each step as one CUDA graph (plain training and ALFA)")
 
 
 def add_batchnorm_arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,7 +47,7 @@ _NAMES: dict[Fate, str] = {
         data data_dir dataset train_split train_fraction test_split train_num_samples val_num_samples dataset_download
         unlabeled_dir class_map input_img_mode input_key target_key dataset_trust_remote_code
         resume no_resume_opt img_size input_size crop_pct mean std interpolation batch_size validation_batch_size
-        channels_last grad_accum_steps grad_checkpointing fast_norm torchcompile torchcompile_mode
+        channels_last grad_accum_steps grad_checkpointing fast_norm torchcompile torchcompile_mode cuda_graph
         device amp amp_dtype model_dtype no_ddp_bb synchronize_step local_rank device_modules
         opt_eps opt_betas clip_grad clip_mode layer_decay_min_scale
         sched sched_on_updates lr lr_base lr_base_size lr_base_scale lr_noise lr_noise_pct lr_noise_std lr_cycle_mul
