@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm import utils
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from torch import nn
 
 from ..errors import UsageError
@@ -220,7 +220,7 @@ def assemble(
     )
 
 
-def _compile_and_distribute(args: argparse.Namespace, task: ClassificationTask, device: torch.device) -> nn.Module:
+def _compile_and_distribute(args: argparse.Namespace, task: TrainingTask, device: torch.device) -> nn.Module:
     """Compiles the task's modules and wraps them for several processes, as flags ask; returns the model to validate.
 
     That is the unwrapped model: validation needs no gradients to be exchanged.

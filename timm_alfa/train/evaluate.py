@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from timm.task.evaluator import evaluation_sample_limit
 from timm.utils import AverageMeter, is_primary
 from torch import nn
@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 def validate(
     args: argparse.Namespace,
-    task: ClassificationTask,
+    task: TrainingTask,
     model: nn.Module,
     loader: Any,
     *,
