@@ -287,8 +287,6 @@ class _Distilling:
         Args:
             input_size: Shape of one image, [C, H, W]; None takes the student's own.
         """
-        if input_size is None:
-            input_size = getattr(_student(self.models.bare), "pretrained_cfg", {}).get("input_size")
         of_labels, of_teacher = self.criterion.weights
         line = (
             f"Teacher: {type(unwrap_model(self.distillation.teacher.model)).__name__}, "
