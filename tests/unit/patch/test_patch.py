@@ -318,7 +318,7 @@ MISTAKES = {
     "--alfa-blocks layer9": "--alfa-blocks layer9",
     "--alfa-blocks layer4 --alfa-steps 0": "--alfa-steps 0",
     "--alfa-steps 2": "without --alfa-blocks",
-    "--alfa-blocks layer4 --kd-model-name resnet18": "--kd-model-name resnet18: does not go with",
+    "--method pgd-at --kd-model-name resnet18": "--kd-model-name resnet18: does not go with --method pgd-at",
     "--alfa-blocks layer4 --torchscript": "--torchscript: does not go with",
     "--alfa-list-blocks": "unrecognized arguments",
     "alfa_blocks: [layer4]\nalfa_steps: 2.5": "--alfa-steps: invalid int value: '2.5'",
