@@ -25,11 +25,13 @@ from .errors import BlockError, UsageError
 from .eta import project_hyperplane, project_simplex
 from .loss import AlfaLoss, AlfaLossOutput
 from .tasks.alfa import AlfaTask
+from .tasks.distillation import AlfaDistillationTask
 from .wrapper import AlfaOutput, AlfaWrapper
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlfaDistillationTask",
     "AlfaLoss",
     "AlfaLossOutput",
     "AlfaOutput",

@@ -51,6 +51,8 @@ class AlfaLoss:
         objective: What an adversarial term is: ``"ce"``, the criterion on the perturbed output (Eq. 3), or ``"kl"``,
             KL(p(clean) || p(perturbed)) with the clean prediction detached, as in VAT and SMART. The attack raises the
             criterion in both cases.
+        multi_label: Whether the outputs are logits of independent labels, so that ``"kl"`` is the divergence of their
+            Bernoulli distributions, averaged over the labels as binary cross-entropy is.
 
     Raises:
         ValueError: A weight is negative or not finite, or the reduction or the objective is unknown.
@@ -63,6 +65,7 @@ class AlfaLoss:
         gamma: float = 0.0,
         reduction: Reduction = "sum",
         objective: Objective = "ce",
+        multi_label: bool = False,
     ):
         for name, value in (("lam", lam), ("gamma", gamma)):
             if not (math.isfinite(value) and value >= 0):
@@ -73,6 +76,7 @@ class AlfaLoss:
             raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {objective!r}")
         self.criterion = criterion
         self.objective = objective
+        self.multi_label = multi_label
         self.lam = lam
         self.gamma = gamma
         self.reduction = reduction
@@ -105,7 +109,7 @@ class AlfaLoss:
             target: Whatever the criterion takes.
         """
         if self.objective == "kl":
-            return divergence(clean_output, output)
+            return (bernoulli_divergence if self.multi_label else divergence)(clean_output, output)
         return scalar_loss(self.criterion, output, target)
 
     def combine(self, clean: Tensor, adversarial: list[Tensor]) -> Tensor:
@@ -146,15 +150,39 @@ def divergence(clean: Any, perturbed: Any) -> Tensor:
     Raises:
         TypeError: The outputs are no logits.
     """
-    for output in (clean, perturbed):
+    clean, perturbed = _wide_logits(clean, perturbed)
+    log_p, log_q = clean.detach().log_softmax(dim=1), perturbed.log_softmax(dim=1)
+    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def bernoulli_divergence(clean: Any, perturbed: Any) -> Tensor:
+    """KL(p(clean) || p(perturbed)) of independent labels, averaged over batch and labels, as binary cross-entropy is.
+
+    p log(p/q) + (1 - p) log((1 - p)/(1 - q)) for every label; no gradient flows into the clean prediction.
+
+    Args:
+        clean: Logits [B, num_classes], each of a label of its own.
+        perturbed: The same with a feature perturbed.
+
+    Raises:
+        TypeError: The outputs are no logits.
+    """
+    clean, perturbed = _wide_logits(clean, perturbed)
+    clean = clean.detach()
+    present = clean.sigmoid() * (functional.logsigmoid(clean) - functional.logsigmoid(perturbed))
+    absent = (-clean).sigmoid() * (functional.logsigmoid(-clean) - functional.logsigmoid(-perturbed))
+    return (present + absent).mean()
+
+
+def _wide_logits(*outputs: Any) -> tuple[Tensor, ...]:
+    """Logits in at least float32."""
+    for output in outputs:
         if not (isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()):
             raise TypeError(
                 f"objective 'kl': expected a model that returns logits [B, num_classes], found {_described(output)}; "
                 "use 'ce'"
             )
-    wide = torch.promote_types(perturbed.dtype, torch.float32)
-    log_p, log_q = (output.to(wide).log_softmax(dim=1) for output in (clean.detach(), perturbed))
-    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return tuple(output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs)
 
 
 def scalar_loss(criterion: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
 from torch import nn
 
 from .errors import UsageError
 from .tasks import registry
-from .tasks.flags import flag_text, spell_flags
+from .tasks.distillation import DISTILLATION_TASKS
+from .tasks.flags import spell_flags
 from .train.loop import ReportingTask
 
 __all__ = ["add_arguments", "check_arguments", "epoch_metrics", "wrap_task"]
@@ -44,13 +45,14 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def wrap_task(
-    args: argparse.Namespace, task: ClassificationTask, data_config: Mapping[str, Any] | None = None
-) -> ClassificationTask:
+    args: argparse.Namespace, task: TrainingTask, data_config: Mapping[str, Any] | None = None
+) -> TrainingTask:
     """The task to train with, in place of the one that the script created.
 
     Args:
         args: After :func:`check_arguments`.
-        task: timm's, just created: not compiled, not distributed, without EMA.
+        task: timm's for one class, for independent labels or for distillation, just created: not compiled, not
+            distributed, without EMA.
         data_config: From ``timm.data.resolve_data_config``; with its ``input_size`` [C, H, W] blocks are tried out.
 
     Returns:
@@ -64,8 +66,11 @@ def wrap_task(
     model = task.get_trainable_module()
     assert model is not None  # a classification task has one
     try:
-        if type(task) is not ClassificationTask:
-            raise UsageError(f"--method {args.method}: needs timm's ClassificationTask, not {type(task).__name__}")
+        if type(task) not in (ClassificationTask, MultiLabelClassificationTask, *DISTILLATION_TASKS):
+            raise UsageError(
+                f"--method {args.method}: needs one of timm's tasks for classification, independent labels or "
+                f"distillation, not {type(task).__name__}"
+            )
         wrapped = registry.create_task(
             args,
             model,
@@ -74,6 +79,8 @@ def wrap_task(
             dtype=task.dtype,
             verbose=task.verbose,
             input_size=input_size,
+            threshold=task.threshold if isinstance(task, MultiLabelClassificationTask) else None,
+            teaching=task if isinstance(task, DISTILLATION_TASKS) else None,
         )
     except UsageError as error:
         _fail(error)
@@ -83,7 +90,7 @@ def wrap_task(
     return wrapped
 
 
-def epoch_metrics(args: argparse.Namespace, task: ClassificationTask, folder: str | None) -> dict[str, float]:
+def epoch_metrics(args: argparse.Namespace, task: TrainingTask, folder: str | None) -> dict[str, float]:
     """The method's metrics of an epoch, for its summary; eta of every step goes to ``eta.csv`` in ``folder``.
 
     Args:
@@ -111,13 +118,10 @@ def _parse_again(args: argparse.Namespace) -> None:
 
 
 def _refuse_conflicts(args: argparse.Namespace) -> None:
-    for name, why in (
-        ("kd_model_name", "distillation has a task of its own"),
-        ("torchscript", "a scripted model's blocks cannot be reached"),
-    ):
-        value = getattr(args, name, None)
-        if value:
-            raise UsageError(f"{flag_text(name, value)}: does not go with --method {args.method}; {why}")
+    if getattr(args, "torchscript", None):
+        raise UsageError(
+            f"--torchscript: does not go with --method {args.method}; a scripted model's blocks cannot be reached"
+        )
 
 
 def _fail(error: UsageError) -> NoReturn:

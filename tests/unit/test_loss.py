@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from toys import batch
 
 from timm_alfa import AlfaLoss, AlfaOutput, AlfaTask, AlfaWrapper
+from timm_alfa.loss import bernoulli_divergence
 from timm_alfa.peers import AdvPropTask, FastAdvPropTask, NoiseTask, PgdTask
 from timm_alfa.tasks.pixels import PixelAttack
 
@@ -155,3 +156,41 @@ def test_other_returns_of_a_criterion_are_named(box: Callable[[Tensor], Any], er
     for step in _steps(Boxed(box)):
         with pytest.raises(error, match=f"criterion: expected it to return .*{message}"):
             step(images, target)
+
+
+def test_the_divergence_of_independent_labels_is_that_of_bernoulli_distributions() -> None:
+    clean, perturbed = (torch.randn(5, 7, dtype=torch.float64).requires_grad_() for _ in range(2))
+    found = bernoulli_divergence(clean, perturbed)
+    p, q = (torch.distributions.Bernoulli(logits=logits) for logits in (clean.detach(), perturbed))
+    expected = torch.distributions.kl_divergence(p, q).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, perturbed)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+    assert not bernoulli_divergence(clean, perturbed.detach()).requires_grad  # the clean prediction is given
+    assert bernoulli_divergence(clean, clean).item() == 0
+
+
+def test_it_stays_finite_where_predictions_are_certain() -> None:
+    certain = torch.tensor([[200.0, -200.0]])
+    assert bernoulli_divergence(certain, certain).item() == 0
+    leaf = (-certain).requires_grad_()
+    loss = bernoulli_divergence(certain, leaf)
+    assert loss.item() == pytest.approx(200)
+    assert torch.autograd.grad(loss, leaf)[0].isfinite().all()
+    half = bernoulli_divergence(certain.bfloat16(), -certain.bfloat16())
+    assert half.dtype == torch.float32
+
+
+def test_the_objective_takes_it_for_independent_labels() -> None:
+    outputs = AlfaOutput(torch.randn(4, 3), {"a": torch.randn(4, 3)}, {}, torch.ones(1))
+    target = torch.ones(4, 3)
+    found = {
+        multi_label: AlfaLoss(F.binary_cross_entropy_with_logits, objective="kl", multi_label=multi_label)(
+            outputs, target
+        ).adversarial["a"]
+        for multi_label in (False, True)
+    }
+    assert torch.equal(found[True], bernoulli_divergence(outputs.output, outputs.adv_outputs["a"]))
+    assert not torch.equal(found[False], found[True])
+    with pytest.raises(TypeError, match=r"objective 'kl': expected a model that returns logits"):
+        bernoulli_divergence(torch.ones(4), torch.ones(4))

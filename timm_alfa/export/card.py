@@ -18,6 +18,7 @@ from ..blocks.resolve import resolve_blocks
 from ..tasks import alfa
 from ..tasks.flags import spell_flags
 from ..train.arguments.command_line import build_parser
+from ..train.arguments.task_flags import task_defaults
 from ..train.data.check import data_root, dataset_kind
 from .onnx_file import ONNX_FILE
 from .trained import BEST, TrainedRun
@@ -26,7 +27,14 @@ __all__ = ["CARD_FILE", "command_line", "model_card"]
 
 CARD_FILE = "README.md"
 _HUB_NAMES = {"imagenet": "imagenet-1k"} | {name: name for name in ("cifar10", "cifar100", "mnist", "fashion_mnist")}
-_MEASURES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+_MEASURES = {  # what the hub calls it, and a reader
+    "top1": ("accuracy", "top-1 accuracy"),
+    "top5": ("accuracy", "top-5 accuracy"),
+    "map": ("mAP", "mean average precision"),
+    "micro_f1": ("f1", "micro F1"),
+    "macro_f1": ("f1", "macro F1"),
+    "sample_f1": ("f1", "sample F1"),
+}
 _PATHS = ("data_dir", "class_map", "initial_checkpoint", "pretrained_path")
 _OF_THIS_MACHINE = ("output", "experiment", "resume", "local_rank", "wandb_resume_id")
 
@@ -53,13 +61,18 @@ def command_line(args: argparse.Namespace) -> str:
     """
     shown = argparse.Namespace(**vars(args))
     shown.data_dir = data_root(args)
+    if args.kd_model_name is not None:
+        shown.kd_model_name = _teacher(args)
     for path in _PATHS:
         if getattr(shown, path):
             setattr(shown, path, Path(getattr(shown, path)).name)
     parser = build_parser()
     for left_out in _OF_THIS_MACHINE:
         setattr(shown, left_out, parser.get_default(left_out))
-    for flag in alfa.FLAGS:  # filled in by the run, where the parser has None
+    for name, value in task_defaults(args.task).items():  # filled in by the run, where the parser has None
+        if getattr(shown, name) == value:
+            setattr(shown, name, None)
+    for flag in alfa.FLAGS:  # so are these
         if flag.name != "alfa_blocks" and getattr(shown, flag.name) == flag.default:
             setattr(shown, flag.name, parser.get_default(flag.name))
     if shown.method == "standard" or (shown.method == "alfa" and shown.alfa_blocks):
@@ -88,8 +101,9 @@ def _front_matter(run: TrainedRun, name: str, license: str | None) -> dict[str, 
                         "task": {"type": "image-classification"},
                         "dataset": {"name": shown, "type": hub_name or "imagefolder", "split": split},
                         "metrics": [
-                            {"type": "accuracy", "name": label, "value": round(value, 3)}
-                            for label, value in measured.items()
+                            {"type": kind, "name": label, "value": round(measured[key], 3)}
+                            for key, (kind, label) in _MEASURES.items()
+                            if key in measured
                         ],
                     }
                     for split, measured in accuracies.items()
@@ -110,13 +124,13 @@ def _dataset(args: argparse.Namespace) -> tuple[str, str | None]:
 
 
 def _accuracies(run: TrainedRun) -> dict[str, dict[str, float]]:
-    """What was measured of these weights, by split: that of ``--test-split`` first."""
+    """What was measured of these weights, by split and metric: that of ``--test-split`` first."""
     validation = {key.removeprefix("eval_"): value for key, value in run.metrics.items() if key.startswith("eval_")}
     found = {str(run.test.get("split")): run.test, _validation_split(run.args): validation}
     return {
-        split: {label: float(values[key]) for key, label in _MEASURES.items()}
+        split: {key: float(values[key]) for key in _MEASURES if key in values}
         for split, values in found.items()
-        if values.keys() >= _MEASURES.keys()
+        if _MEASURES.keys() & values.keys()
     }
 
 
@@ -137,6 +151,12 @@ def _architecture(run: TrainedRun) -> str:
     return str(model.pretrained_cfg["architecture"])
 
 
+def _teacher(args: argparse.Namespace) -> str:
+    """The teacher's name; of a folder the last part."""
+    source, colon, path = str(args.kd_model_name).partition(":")
+    return f"{source}:{Path(path).name}" if colon and source.lower() == "local-dir" else str(args.kd_model_name)
+
+
 def _method(run: TrainedRun) -> str:
     if run.args.method == "alfa":
         return "L-ALFA" if run.args.alfa_learnable else "ALFA"
@@ -147,10 +167,10 @@ def _results(run: TrainedRun) -> str:
     weights = f"`{run.source}`, after {run.epoch} of {run.args.epochs} epochs"
     weights += ", averaged weights (EMA)." if run.averaged else "."
     lines = [
-        f"- {label}: {value:.2f} % on the `{split}` split"
+        f"- {_MEASURES[key][1]}: {value:.2f} % on the `{split}` split"
         + (", which chose the epoch too" if run.source == BEST and split == _validation_split(run.args) else "")
         for split, measured in _accuracies(run).items()
-        for label, value in measured.items()
+        for key, value in measured.items()
     ]
     return "\n".join(["## Results", "", *(lines or ["- Not measured for these weights."]), f"- Weights: {weights}"])
 
@@ -171,6 +191,8 @@ def _training(run: TrainedRun) -> str:
         )
         blocks = ", ".join(f"`{block}`" for block in resolve_blocks(run.model, args.alfa_blocks))
         lines.append(f"- {_method(run)} at {blocks}: {shown}")
+    if args.kd_model_name is not None:
+        lines.append(f"- Distilled from `{_teacher(args)}` ({args.kd_distill_type})")
     recorded = run.environment
     if recorded:
         known = ", ".join(f"{name} {recorded[name]}" for name in ("timm-alfa", "timm", "torch") if name in recorded)
@@ -196,6 +218,8 @@ def _use(run: TrainedRun, onnx: bool) -> str:
         "transform = timm.data.create_transform(**config, is_training=False)",
         "```",
     ]
+    if run.args.task == "multilabel":
+        lines += ["", "The outputs are logits of independent labels: their sigmoid gives the probability of each."]
     if onnx:
         lines += [
             "",

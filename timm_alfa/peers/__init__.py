@@ -10,10 +10,20 @@ Example::
 """
 
 from ..tasks.advprop import AdvPropTask
+from ..tasks.distillation import NoiseDistillationTask
 from ..tasks.fast_advprop import FastAdvPropTask
 from ..tasks.moex import Moex, MoexTask
 from ..tasks.noise import NoiseTask
 from ..tasks.pgd_at import PgdTask
 from ..tasks.pixels import PixelAttack
 
-__all__ = ["AdvPropTask", "FastAdvPropTask", "Moex", "MoexTask", "NoiseTask", "PgdTask", "PixelAttack"]
+__all__ = [
+    "AdvPropTask",
+    "FastAdvPropTask",
+    "Moex",
+    "MoexTask",
+    "NoiseDistillationTask",
+    "NoiseTask",
+    "PgdTask",
+    "PixelAttack",
+]

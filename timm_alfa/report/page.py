@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..errors import UsageError
-from ..run_folder.records import RunRecord, read_run
+from ..run_folder.records import SCORES, RunRecord, read_run
 from ..utils.files import write_file
 from . import sections
 from .markup import document, element
@@ -98,7 +98,8 @@ def _one_run(record: RunRecord) -> list[Element | None]:
         empty,
         _tiles(record),
         section("Learning curves", charts(*(
-            metric_chart(record, chart) for chart in (sections.ACCURACIES, sections.LOSSES, sections.RATES)
+            metric_chart(record, chart)
+            for chart in (sections.ACCURACIES, sections.LABELS, sections.LOSSES, sections.RATES)
         ))),
         section("Learned strengths", charts(sections.eta_chart(record))),
         section("Perturbations", sections.norm_charts(record), sections.block_table(record)),
@@ -120,6 +121,7 @@ def _several_runs(records: Sequence[RunRecord]) -> list[Element | None]:
         section("Results", _results(labelled)),
         section("Learning curves", charts(
             overlay("validation accuracy, top-1 (%)", labelled, ["eval_top1"]),
+            overlay("validation mAP (%)", labelled, ["eval_map"]),
             overlay("validation loss", labelled, ["eval_loss"]),
             overlay("training loss on clean images", labelled, ["train_loss_clean", "train_loss"]),
             overlay("learning rate", labelled, ["lr"]),
@@ -138,12 +140,15 @@ def _several_runs(records: Sequence[RunRecord]) -> list[Element | None]:
 
 
 def _results(labelled: Sequence[tuple[str, RunRecord]]) -> Element:
+    scores = [
+        name for name in ("eval_top1", "eval_map") if any(record.last(name) is not None for _, record in labelled)
+    ]
     heads = [
         "run",
         "method",
         "best",
         "at epoch",
-        "last top-1",
+        *(f"last {SCORES[name]}" for name in scores),
         "last validation loss",
         "images per second",
         "time per image / first run's",
@@ -155,7 +160,7 @@ def _results(labelled: Sequence[tuple[str, RunRecord]]) -> Element:
         epoch, best = record.best() or (None, None)
         speed = record.mean(SPEED)
         relative = reference / speed if reference and speed else None
-        values = [best, epoch, record.last("eval_top1"), record.last("eval_loss"), speed, relative]
+        values = [best, epoch, *map(record.last, scores), record.last("eval_loss"), speed, relative]
         rows.append([label, record.title, *map(number, values), _progress(record)])
     return sections.table("Results", heads, rows, caption=False)
 
@@ -163,9 +168,8 @@ def _results(labelled: Sequence[tuple[str, RunRecord]]) -> Element:
 def _tiles(record: RunRecord) -> Element:
     """The few numbers that are asked for first."""
     epoch, best = record.best() or (None, None)
-    names = {"eval_top1": "top-1", "eval_top5": "top-5", "eval_loss": "validation loss"}
-    name = names.get(record.metric, record.metric)
-    unit = " %" if record.metric in ("eval_top1", "eval_top5") else ""
+    name = {**SCORES, "eval_loss": "validation loss"}.get(record.metric, record.metric)
+    unit = " %" if record.metric in SCORES else ""
     tiles = [
         (f"best {name}" + (f", epoch {epoch:g}" if epoch else ""), best, unit),
         (f"last {name}", record.last(record.metric), unit),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..run_folder.records import RunRecord, read_run
+from ..run_folder.records import SCORES, RunRecord, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,11 +77,12 @@ def _draw_curves(record: RunRecord, path: Path) -> None:
         if values and not (name == "train_loss" and record.series("train_loss_clean")[1]):
             losses.plot(epochs, values, style, label=label, marker="." if len(values) < 30 else "")
     losses.set(xlabel="epoch", ylabel="loss")
-    for name, label in (("eval_top1", "top-1"), ("eval_top5", "top-5")):
+    for name, label in SCORES.items():
         epochs, values = record.series(name)
         if values:
             accuracy.plot(epochs, values, label=label, marker="." if len(values) < 30 else "")
-    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    scored = "accuracy" if record.series("eval_top1")[1] or not record.series("eval_map")[1] else "mAP and F1"
+    accuracy.set(xlabel="epoch", ylabel=f"validation {scored} (%)")
     for axes in (losses, accuracy):
         _integer_epochs(axes)
         if axes.get_legend_handles_labels()[1]:

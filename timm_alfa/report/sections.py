@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from xml.etree.ElementTree import Element
 
-from ..run_folder.records import RunRecord
+from ..run_folder.records import SCORES, RunRecord
 from .chart import Line, line_chart
 from .markup import element
 from .settings import split_settings
@@ -23,6 +23,12 @@ LOSSES = ("loss", (
     ("eval_loss", "validation", GREEN, 0),
 ))  # fmt: skip
 ACCURACIES = ("validation accuracy (%)", (("eval_top1", "top-1", GREEN, 0), ("eval_top5", "top-5", BLUE, 1)))
+LABELS = ("validation mAP and F1 (%)", tuple(
+    (name, SCORES[name], hue, dash)
+    for name, hue, dash in (
+        ("eval_map", GREEN, 0), ("eval_micro_f1", BLUE, 1), ("eval_macro_f1", ORANGE, 2), ("eval_sample_f1", 265, 3)
+    )
+))  # fmt: skip
 RATES = ("learning rate", (("lr", "learning rate", BLUE, 0),))
 SPEEDS = ("images per second", (("train_images_per_second", "training", BLUE, 0),))
 

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         UsageError: The model, its weights or the data cannot be had.
     """
     args.prefetcher = True
+    if args.task == "multilabel":
+        raise UsageError("--task multilabel: robust accuracy is that of one class per image")
     if args.num_classes is None:
         args.num_classes = default_class_count(args)
     flag, split = ("--test-split", args.test_split) if args.test_split else ("--val-split", args.val_split)

@@ -13,6 +13,14 @@ from ..errors import UsageError
 from .eta_history import FILE_NAME, read_history
 
 ENVIRONMENT_FILE = "environment.yaml"
+SCORES = {  # in percent, of one class per image or of independent labels
+    "eval_top1": "top-1",
+    "eval_top5": "top-5",
+    "eval_map": "mAP",
+    "eval_micro_f1": "micro F1",
+    "eval_macro_f1": "macro F1",
+    "eval_sample_f1": "sample F1",
+}
 
 
 @dataclass

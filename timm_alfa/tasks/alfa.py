@@ -269,6 +269,20 @@ class AlfaTask(MethodTask):
         """Count the step."""
         self.engine.passes += 1
 
+    def set_multilabel(self, threshold: float = 0.5) -> None:
+        """As for every method; the objective ``"kl"`` becomes the divergence of Bernoulli distributions.
+
+        Args:
+            threshold: Probability from which on the F1 scores of the evaluator count a label, between 0 and 1.
+
+        Raises:
+            ValueError: The threshold is out of its range, or images without labels have their loss of one class.
+        """
+        if isinstance(self.criterion, LabelledLoss):
+            raise ValueError("unlabeled: is for one class per image, not for independent labels")
+        super().set_multilabel(threshold)
+        self.objective.multi_label = True
+
     def compile(  # type: ignore[override]  # as every timm task, not as nn.Module
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
@@ -480,7 +494,7 @@ def build(
     criterion: nn.Module | None,
     *,
     input_size: tuple[int, int, int] | None,
-    task_type: type[AlfaTask] = AlfaTask,
+    task_type: Callable[..., AlfaTask] = AlfaTask,
     **common: Any,
 ) -> AlfaTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose.

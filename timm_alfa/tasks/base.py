@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
+from timm.task import ClassificationEvaluator, ClassificationTask, MultiLabelClassificationEvaluator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,6 +55,7 @@ class MethodTask(ClassificationTask):
     ):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.models = _Models(model, model)
+        self.threshold = 0.5  # of a label's probability, see set_multilabel
         self.monitor = LossMonitor(self.reported, self.device)
         self.graphed: GraphedStep | None = None
 
@@ -68,6 +69,50 @@ class MethodTask(ClassificationTask):
             raise ValueError(f"cuda_graph: needs a CUDA device, found {self.device}")
         self.second_derivatives = False
         self.graphed = GraphedStep(self)  # type: ignore[arg-type]  # tasks that can be captured call this
+
+    def set_multilabel(self, threshold: float = 0.5) -> None:
+        """Expect targets of independent labels from now on, [B, num_classes] in floating point, as timm's own task.
+
+        The criterion has to be one for such targets, for instance ``timm.loss.BinaryCrossEntropy``.
+
+        Args:
+            threshold: Probability from which on the F1 scores of the evaluator count a label, between 0 and 1.
+
+        Raises:
+            ValueError: The threshold is out of its range.
+        """
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold: expected a probability between 0 and 1, found {threshold}")
+        self.multi_label = True
+        self.threshold = threshold
+
+    def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
+        """timm's evaluator: accuracy, or of independent labels mAP and F1.
+
+        Args:
+            kwargs: Of the evaluator, such as ``max_samples``.
+        """
+        if self.multi_label:
+            return MultiLabelClassificationEvaluator(device=self.device, threshold=self.threshold, **kwargs)
+        return ClassificationEvaluator(device=self.device, **kwargs)
+
+    def targets(self, input: Any, target: Any) -> Any:
+        """What a training step hands to the criterion.
+
+        Args:
+            input: [B, C, H, W], or what the model takes.
+            target: Of the training data.
+        """
+        return target
+
+    def plain_loss(self, input: Any, target: Any) -> Tensor:
+        """The loss of a plain step, to compare the method's cost with.
+
+        Args:
+            input: [B, C, H, W], or what the model takes.
+            target: What the criterion takes.
+        """
+        return scalar_loss(self.criterion, self.models.called(input), target)
 
     def compute(self, input: Any, target: Any) -> dict[str, Any]:
         """One training step.
@@ -94,7 +139,16 @@ class MethodTask(ClassificationTask):
         return result
 
     def forward(self, input: Any, target: Any) -> dict[str, Any]:
-        """One step; in evaluation mode and without gradients, the plain loss."""
+        """One step; in evaluation mode and without gradients, the plain loss.
+
+        Raises:
+            ValueError: After :meth:`set_multilabel`, targets that are no labels [B, num_classes] in floating point.
+        """
+        if self.multi_label and isinstance(target, Tensor) and not (target.dim() == 2 and target.is_floating_point()):
+            raise ValueError(
+                "target: expected labels [B, num_classes] in floating point, found shape "
+                f"{list(target.shape)}, {target.dtype}"
+            )
         if not (self.models.bare.training and torch.is_grad_enabled()):
             output = self.models.called(input)
             loss = scalar_loss(self.criterion, output, target)

@@ -106,6 +106,7 @@ def build(
     criterion: nn.Module | None,
     *,
     input_size: tuple[int, int, int] | None,
+    task_type: Callable[..., NoiseTask] = NoiseTask,
     **common: Any,
 ) -> NoiseTask:
     """The task that checked arguments ask for; ``common`` holds device, dtype and verbose.
@@ -114,7 +115,7 @@ def build(
         UsageError: A block does not resolve or cannot be perturbed.
     """
     try:
-        task = NoiseTask(model, criterion, **settings(args, FLAGS), **common)
+        task = task_type(model, criterion, **settings(args, FLAGS), **common)
         if input_size is not None:
             task.engine.check_blocks(input_size)
     except BlockError as error:

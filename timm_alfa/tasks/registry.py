@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
 from torch import nn
 
 from ..blocks.resolve import format_blocks, list_blocks, resolve_blocks
 from ..errors import BlockError, UsageError
-from . import advprop, alfa, fast_advprop, moex, noise, pgd_at
+from . import advprop, alfa, distillation, fast_advprop, moex, noise, pgd_at
+from .base import MethodTask
+from .distillation import DistillationTask
 from .flags import Flag, add_flags, fill_flags, flag_text, refuse_flags
 from .plain import PlainTask
 
@@ -33,7 +35,7 @@ class Method(NamedTuple):
 
     title: str
     flags: Sequence[Flag]
-    build: Callable[..., ClassificationTask]
+    build: Callable[..., MethodTask]
     switch: str = ""
 
 
@@ -107,6 +109,33 @@ def check_arguments(args: argparse.Namespace) -> None:
         alfa.check_arguments(args)
     if args.method == "moex" and args.moex_block is None:
         raise UsageError("--method moex: needs --moex-block, the block whose output exchanges moments, such as maxpool")
+    _check_teacher(args)
+    if getattr(args, "task", None) == "multilabel" and args.advprop_targeted:
+        raise UsageError(
+            "--advprop-targeted: draws another class, and with --task multilabel an image has no one class"
+        )
+
+
+def _check_teacher(args: argparse.Namespace) -> None:
+    """Check that the method goes with timm's distillation, whose flags a parser may have or not.
+
+    Raises:
+        UsageError: Naming the flag that does not.
+    """
+    teacher = getattr(args, "kd_model_name", None)
+    if not teacher or args.method == "standard":
+        return
+    flag = flag_text("kd_model_name", teacher)
+    if args.method not in distillation.METHODS:
+        names = " or ".join(distillation.METHODS)
+        raise UsageError(f"{flag}: does not go with --method {args.method}; expected standard, {names}")
+    if args.moex_block is not None:
+        raise UsageError(f"{flag_text('moex_block', args.moex_block)}: does not go with {flag}")
+    name = f"{args.method}_objective"
+    if getattr(args, name) == "kl" and args.kd_distill_type != "logit":
+        raise UsageError(
+            f"{flag_text(name, 'kl')}: compares logits alone; expected ce with --kd-distill-type {args.kd_distill_type}"
+        )
 
 
 def is_enabled(args: argparse.Namespace) -> bool:
@@ -123,7 +152,9 @@ def create_task(
     dtype: torch.dtype | None,
     verbose: bool,
     input_size: tuple[int, int, int] | None = None,
-) -> ClassificationTask:
+    threshold: float | None = None,
+    teaching: DistillationTask | None = None,
+) -> TrainingTask:
     """timm's own task for ``--method standard``, else the method's.
 
     Args:
@@ -134,6 +165,8 @@ def create_task(
         dtype: Of the task.
         verbose: Whether this rank logs.
         input_size: [C, H, W] of what the model will see; with it every block is also tried out, before training starts.
+        threshold: For independent labels, the probability from which on F1 scores count one; None for one class.
+        teaching: timm's distillation task of this model, device, dtype and criterion, just created; None without one.
 
     Raises:
         UsageError: The method does not go with the model, a block does not resolve or cannot be perturbed.
@@ -141,16 +174,29 @@ def create_task(
     graph = getattr(args, "cuda_graph", False)
     if graph and device.type != "cuda":
         raise UsageError(f"--cuda-graph: needs a CUDA device, found {device}")
-    if graph and args.method not in ("standard", "alfa"):
-        raise UsageError(f"--cuda-graph: captures plain training and ALFA, found --method {args.method}")
+    if graph and (args.method not in ("standard", "alfa") or teaching is not None):
+        found = "a teacher" if teaching is not None else f"--method {args.method}"
+        raise UsageError(f"--cuda-graph: captures plain training and ALFA, found {found}")
+    if teaching is not None:
+        return teaching if args.method == "standard" else distillation.build(args, teaching, input_size=input_size)
     if args.method == "standard" and graph:
-        return PlainTask(model, criterion, cuda_graph=True, device=device, dtype=dtype, verbose=verbose)
+        plain = PlainTask(model, criterion, cuda_graph=True, device=device, dtype=dtype, verbose=verbose)
+        if threshold is not None:
+            plain.set_multilabel(threshold)
+        return plain
     if args.method == "standard":
-        return ClassificationTask(model, criterion, device=device, dtype=dtype, verbose=verbose)
+        if threshold is None:
+            return ClassificationTask(model, criterion, device=device, dtype=dtype, verbose=verbose)
+        return MultiLabelClassificationTask(
+            model, criterion, threshold=threshold, device=device, dtype=dtype, verbose=verbose
+        )
     build = METHODS[args.method].build
     if args.method == "alfa" and args.moex_block is not None:
         build = moex.build_with_alfa
-    return build(args, model, criterion, input_size=input_size, device=device, dtype=dtype, verbose=verbose)
+    task = build(args, model, criterion, input_size=input_size, device=device, dtype=dtype, verbose=verbose)
+    if threshold is not None:
+        task.set_multilabel(threshold)
+    return task
 
 
 def describe_blocks(

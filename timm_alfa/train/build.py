@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm import utils
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from torch import nn
 
 from ..errors import UsageError
@@ -33,6 +33,7 @@ from .device import create_precision, prepare_device
 from .loop import ReportingTask, Training, updates_per_epoch
 from .model import build_model, check_forward, place_model, resolve_preprocessing
 from .optim import create_optimizer, create_schedule, resolve_learning_rate
+from .teacher import create_distillation
 
 _logger = logging.getLogger(__name__)
 
@@ -149,14 +150,28 @@ def assemble(
         _logger.info(f"Training at {args.train_img_sizes} pixels, {batch_size:.2f} images per batch on average.")
     resolve_learning_rate(args, batch_size)
 
+    criterion, verbose = create_criterion(args).to(device=device), utils.is_primary(args)
+    teaching = None
+    if args.kd_model_name is not None:
+        teaching = create_distillation(
+            args,
+            model,
+            criterion,
+            device=device,
+            precision=precision,
+            input_size=data_config["input_size"],
+            verbose=verbose,
+        )
     task = registry.create_task(
         args,
         model,
-        create_criterion(args).to(device=device),
+        criterion,
         device=device,
         dtype=precision.model_dtype,
-        verbose=utils.is_primary(args),
+        verbose=verbose,
         input_size=tuple(data_config["input_size"]),
+        threshold=args.multilabel_threshold if args.task == "multilabel" else None,
+        teaching=teaching,
     )
     module = task.get_trainable_module()
     assert module is not None  # a classification task has one
@@ -220,7 +235,7 @@ def assemble(
     )
 
 
-def _compile_and_distribute(args: argparse.Namespace, task: ClassificationTask, device: torch.device) -> nn.Module:
+def _compile_and_distribute(args: argparse.Namespace, task: TrainingTask, device: torch.device) -> nn.Module:
     """Compiles the task's modules and wraps them for several processes, as flags ask; returns the model to validate.
 
     That is the unwrapped model: validation needs no gradients to be exchanged.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.data import FastCollateMixup, Mixup
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy, create_classification_loss
 from torch import nn
 
 from ..errors import UsageError
@@ -28,7 +28,7 @@ def is_mixing(args: argparse.Namespace) -> bool:
 
 def uses_bce(args: argparse.Namespace) -> bool:
     """Whether the loss is binary cross-entropy: timm takes ``--bce-loss`` only where targets are softened."""
-    return args.bce_loss and (is_mixing(args) or args.smoothing > 0)
+    return args.task == "multilabel" or (args.bce_loss and (is_mixing(args) or args.smoothing > 0))
 
 
 def check_objective(args: argparse.Namespace) -> None:
@@ -65,6 +65,8 @@ def unused_flags(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Flags of the loss and of mixing that are given and change nothing, as in timm, each with the reason."""
     found: list[tuple[str, str]] = []
     mixing, both = is_mixing(args), args.mixup > 0 and (args.cutmix > 0 or args.cutmix_minmax is not None)
+    if args.bce_loss and args.task == "multilabel":
+        found.append(("--bce-loss", "has no effect with --task multilabel, whose loss is binary cross-entropy anyway"))
     if args.bce_loss and not uses_bce(args):
         found.append(
             (
@@ -131,6 +133,7 @@ def create_mixup(args: argparse.Namespace) -> tuple[FastCollateMixup | None, Mix
         "mode": args.mixup_mode,
         "label_smoothing": args.smoothing,
         "num_classes": args.num_classes,
+        "multi_label": args.task == "multilabel",
     }
     if args.prefetcher and not args.cache_images:
         return FastCollateMixup(**settings), None
@@ -140,6 +143,15 @@ def create_mixup(args: argparse.Namespace) -> tuple[FastCollateMixup | None, Mix
 def create_criterion(args: argparse.Namespace) -> nn.Module:
     """Return the training loss; Mixup's targets are smoothed already."""
     mixing = is_mixing(args)
+    if args.task == "multilabel":
+        return create_classification_loss(
+            multi_label=True,
+            smoothing=args.smoothing,
+            soft_targets=mixing,
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            pos_weight=args.bce_pos_weight,
+        )
     if uses_bce(args):
         _warn_of_threshold(args)
         smoothing = {} if mixing else {"smoothing": args.smoothing}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from timm.utils import is_primary
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..perturbation import Pgd
 from ..run_folder.output import DEFAULT_OUTPUT
 from ..tasks.alfa import AlfaTask
+from ..tasks.base import MethodTask
 from ..tasks.visibility import describe_effects
 from .propose_alpha import propose_alpha
 
@@ -29,7 +30,7 @@ PAIRS = 5
 
 def dry_run(
     args: argparse.Namespace,
-    task: ClassificationTask,
+    task: TrainingTask,
     epoch: Callable[[], Iterator[Any]],
     *,
     device: torch.device,
@@ -82,19 +83,20 @@ def dry_run(
         return _now(device) - start, loss.item()
 
     def plain() -> Tensor:
-        return task.criterion(model(input), target)
+        loss: Tensor = task.plain_loss(input, target) if isinstance(task, MethodTask) else task(input, target)["loss"]
+        return loss
 
     def method() -> Tensor:
         return task(input, target)["loss"]
 
     step(plain), step(method)
-    pairs = [(step(plain), step(method)) for _ in range(PAIRS)]
+    timed = [(step(plain), step(method)) for _ in range(PAIRS)]
     metrics = task.monitor.take() if isinstance(task, AlfaTask) else None
     if not is_primary(args):
         return
-    ratio = statistics.median(other[0] / base[0] for base, other in pairs)
-    plain_time = statistics.median(base[0] for base, _ in pairs)
-    print(f"batch {'x'.join(map(str, input.shape))} on {device}, loss {pairs[0][1][1]:.4g}")
+    ratio = statistics.median(other[0] / base[0] for base, other in timed)
+    plain_time = statistics.median(base[0] for base, _ in timed)
+    print(f"batch {'x'.join(map(str, input.shape))} on {device}, loss {timed[0][1][1]:.4g}")
     print(
         f"plain step {1000 * plain_time:.1f} ms, --method {args.method} {ratio:.2f} times that "
         f"(median of {PAIRS} pairs, in turns)"
@@ -107,7 +109,8 @@ def dry_run(
     if trained:
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
-        batches = (placed(batch) for batch in itertools.chain.from_iterable(iter(epoch, None)))
+        pairs = (placed(batch) for batch in itertools.chain.from_iterable(iter(epoch, None)))
+        batches = ((input, task.targets(input, target)) for input, target in pairs)
         folder = Path(args.output or DEFAULT_OUTPUT)
         print(propose_alpha(args, task, batches, optimizer=optimizer, autocast=amp_autocast, folder=folder))
     else:

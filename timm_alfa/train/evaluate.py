@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from timm.task.evaluator import evaluation_sample_limit
 from timm.utils import AverageMeter, is_primary
 from torch import nn
@@ -18,10 +19,13 @@ from .log import progress_bar
 
 _logger = logging.getLogger(__name__)
 
+# as timm's log names accuracies, and how they are written
+_SHOWN = {"loss": "Loss: {:>6.3f}", "top1": "Acc@1: {:>7.3f}", "top5": "Acc@5: {:>7.3f}"}
+
 
 def validate(
     args: argparse.Namespace,
-    task: ClassificationTask,
+    task: TrainingTask,
     model: nn.Module,
     loader: Any,
     *,
@@ -29,9 +33,11 @@ def validate(
     precision: Precision,
     label: str = "Test",
 ) -> dict[str, float]:
-    """Return ``loss``, ``top1`` and ``top5`` (percent) over all of ``loader``, the same on every rank.
+    """Return the metrics of the task's evaluator over all of ``loader``, the same on every rank.
 
-    Padding that a distributed sampler adds is not counted. ``model`` is left in eval mode.
+    These are ``loss``, ``top1`` and ``top5`` (percent), or of independent labels ``loss``, ``map``, ``micro_f1``,
+    ``macro_f1`` and ``sample_f1`` (percent). Padding that a distributed sampler adds is not counted. ``model`` is left
+    in eval mode.
     """
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     batch_time = AverageMeter()
@@ -57,10 +63,16 @@ def validate(
             start = time.time()
             bar.update()
             if is_primary(args) and (index == last or (bar.disable and index % args.log_interval == 0)):
-                now = evaluator.summary()
                 _logger.info(
                     f"{label}: [{index:>4d}/{last}]  Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  "
-                    f"Loss: {now['loss']:>6.3f}  Acc@1: {now['top1']:>7.3f}  Acc@5: {now['top5']:>7.3f}"
+                    f"{metrics_text(evaluator.summary())}"
                 )
     metrics: dict[str, float] = evaluator.compute(distributed=args.distributed)
+    if metrics.keys() != evaluator.summary().keys() and is_primary(args):  # what needs all images at once
+        _logger.info(f"{label}: {metrics_text(metrics)}")
     return metrics
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Metrics for the log, ``Loss:  0.300  Acc@1:  90.000``; others by their names, ``map: 80.000``."""
+    return "  ".join(_SHOWN.get(name, f"{name}: {{:.3f}}").format(value) for name, value in metrics.items())

@@ -38,8 +38,8 @@ def test_best_checkpoint(run: Training, model: nn.Module, loader: Any, folder: P
         folder: Of the run; the primary rank's counts.
 
     Returns:
-        ``split``, ``checkpoint``, ``epoch`` and ``validation`` (its metric there), then ``loss``, ``top1`` and ``top5``
-        on the test split. Only the primary rank's knows where the checkpoint is from.
+        ``split``, ``checkpoint``, ``epoch`` and ``validation`` (its metric there), then what :func:`validate` returns
+        of the test split. Only the primary rank's knows where the checkpoint is from.
     """
     args = run.args
     result: dict[str, Any] = {"split": args.test_split}
@@ -54,11 +54,12 @@ def test_best_checkpoint(run: Training, model: nn.Module, loader: Any, folder: P
         dist.broadcast_object_list(weights, src=0)
     utils.unwrap_model(model).load_state_dict(weights[0])
     label = f"Test split '{args.test_split}'"
-    result |= validate(args, run.task, model, loader, device=run.device, precision=run.precision, label=label)
+    metrics = validate(args, run.task, model, loader, device=run.device, precision=run.precision, label=label)
+    result |= metrics
     if utils.is_primary(args) and folder is not None:
         write_file(folder / TEST_FILE, lambda file: file.write((json.dumps(result, indent=4) + "\n").encode()))
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "loss")
         _logger.info(
-            f"*** {label}: top1 {result['top1']:.3f}, top5 {result['top5']:.3f}, loss {result['loss']:.4f} "
-            f"({result['checkpoint']}, epoch {result['epoch']})"
+            f"*** {label}: {shown}, loss {metrics['loss']:.4f} ({result['checkpoint']}, epoch {result['epoch']})"
         )
     return result

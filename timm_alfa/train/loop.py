@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from timm import utils
 from timm.data import Mixup
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from torch import nn
 from torchvision.utils import save_image
 
@@ -59,7 +59,7 @@ class Training:
     """
 
     args: argparse.Namespace
-    task: ClassificationTask
+    task: TrainingTask
     loader: Any
     optimizer: torch.optim.Optimizer
     device: torch.device

@@ -35,11 +35,7 @@ def build_model(args: argparse.Namespace, *, resumed: bool = False) -> nn.Module
     Raises:
         UsageError: There is no such model, or it cannot be built with these flags or from these weights.
     """
-    if ":" not in args.model and not is_model(args.model):
-        name = args.model.partition(".")[0]
-        near = difflib.get_close_matches(name, list_models(), n=3)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UsageError(f"--model {args.model}: timm has no such model{hint}")
+    check_model_name("--model", args.model)
     for flag, path in (("--initial-checkpoint", args.initial_checkpoint), ("--pretrained-path", args.pretrained_path)):
         if path and not resumed and not os.path.isfile(path):
             raise UsageError(f"{flag} {path}: no such file; expected weights, such as model.safetensors")
@@ -88,6 +84,23 @@ def build_model(args: argparse.Namespace, *, resumed: bool = False) -> nn.Module
     _logger.info(f"Model {safe_model_name(args.model)} created, {count:,} parameters, {args.num_classes} classes.")
     built: nn.Module = model
     return built
+
+
+def check_model_name(flag: str, name: str) -> None:
+    """Check that timm knows a model.
+
+    Args:
+        flag: Which names it.
+        name: As for ``timm.create_model``; names with a source, such as ``local-dir:FOLDER``, are not looked up.
+
+    Raises:
+        UsageError: There is no such model; it tells the nearest.
+    """
+    if ":" in name or is_model(name):
+        return
+    near = difflib.get_close_matches(name.partition(".")[0], list_models(), n=3)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise UsageError(f"{flag} {name}: timm has no such model{hint}")
 
 
 def resolve_preprocessing(args: argparse.Namespace, model: nn.Module, verbose: bool = False) -> dict[str, Any]:

@@ -7,18 +7,22 @@ import os
 import re
 import runpy
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from summaries import read_summary, reproducible_summary
 from test_train_oracle import CASES, COMMON, _weights
+from timm.task import ClassificationTask, LogitDistillationTask, MultiLabelClassificationTask
 from training_images import make_image_folder
 
-from timm_alfa import UsageError, train
+from timm_alfa import AlfaDistillationTask, AlfaTask, UsageError, train
+from timm_alfa import script as script_lines
+from timm_alfa.export import export_model
 from timm_alfa.patch.command import main, patch, show_diff, unpatch
 
 ROOT = Path(__file__).parents[3]
@@ -290,6 +294,45 @@ def test_with_them_it_trains_as_our_command_does(
 
 
 @needs_image_files
+def test_with_a_teacher_it_trains_as_our_command_does(
+    patched: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(5)
+    export_model(timm.create_model("test_resnet", num_classes=3), tmp_path / "teacher")
+    arguments = ["--data-dir", str(images), *RUN.split(), "--kd-model-name", f"local-dir:{tmp_path / 'teacher'}"]
+    off = _run(patched, tmp_path / "off", arguments, monkeypatch)
+    _assert_same_weights(_run(STAND_IN, tmp_path / "before", arguments, monkeypatch), off)
+    arguments += ALFA.split()
+    theirs = _run(patched, tmp_path / "script", arguments, monkeypatch)
+    train.main([*arguments, "--kd-temperature", "1", "--output", str(tmp_path / "ours"), "--experiment", "run"])
+    _assert_same_weights(theirs, _checkpoint(tmp_path / "ours" / "run"))
+    assert any(not torch.equal(off["state_dict"][name], tensor) for name, tensor in theirs["state_dict"].items())
+
+
+def test_other_tasks_of_timms_are_wrapped_by_their_kind(capsys: pytest.CaptureFixture[str]):
+    parser = ArgumentParser()
+    script_lines.add_arguments(parser)
+    args = parser.parse_args(["--alfa-blocks", "layer4", "--alfa-objective", "kl"])
+    script_lines.check_arguments(args)
+    model = timm.create_model("test_resnet", num_classes=3)
+    labels = script_lines.wrap_task(args, MultiLabelClassificationTask(model, threshold=0.3, verbose=False))
+    assert isinstance(labels, AlfaTask)
+    assert (labels.multi_label, labels.threshold, labels.objective.multi_label) == (True, 0.3, True)
+    teacher = timm.create_model("test_resnet", num_classes=3)
+    taught = script_lines.wrap_task(args, LogitDistillationTask(model, teacher, verbose=False))
+    assert isinstance(taught, AlfaDistillationTask)
+
+    class Own(ClassificationTask):
+        """Of somebody else."""
+
+    with pytest.raises(SystemExit):
+        script_lines.wrap_task(args, Own(model, verbose=False))
+    assert "needs one of timm's tasks for classification, independent labels or distillation, not Own" in (
+        capsys.readouterr().err
+    )
+
+
+@needs_image_files
 @pytest.mark.parametrize("flags", ["", "--alfa-blocks layer4 --alfa-eps 0.01 --alfa-init uniform"])
 def test_the_saved_arguments_are_a_configuration(
     flags: str, patched: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -318,7 +361,7 @@ MISTAKES = {
     "--alfa-blocks layer9": "--alfa-blocks layer9",
     "--alfa-blocks layer4 --alfa-steps 0": "--alfa-steps 0",
     "--alfa-steps 2": "without --alfa-blocks",
-    "--alfa-blocks layer4 --kd-model-name resnet18": "--kd-model-name resnet18: does not go with",
+    "--method pgd-at --kd-model-name resnet18": "--kd-model-name resnet18: does not go with --method pgd-at",
     "--alfa-blocks layer4 --torchscript": "--torchscript: does not go with",
     "--alfa-list-blocks": "unrecognized arguments",
     "alfa_blocks: [layer4]\nalfa_steps: 2.5": "--alfa-steps: invalid int value: '2.5'",

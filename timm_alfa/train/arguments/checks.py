@@ -14,6 +14,7 @@ from ..criterion import check_objective, unused_flags
 from ..data.cache import check_cache_arguments
 from ..data.split import check_split_arguments
 from ..log import is_first_process
+from .task_flags import unused_task_flags
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +43,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "mixup_mode": ("batch", "pair", "elem"),
     "remode": ("const", "rand", "pixel"),
     "worker_seeding": ("all", "part"),
-    "eval_metric": ("top1", "top5", "loss"),
     "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
 }
 
@@ -81,7 +81,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def warn_of_unused(args: argparse.Namespace) -> None:
     """Warn of flags that are given and change nothing, as in timm; to be called when all checks have passed."""
-    found = unused_flags(args)
+    found = unused_flags(args) + unused_task_flags(args)
     if args.drop_connect is not None:
         found.append((flag_text("drop_connect", args.drop_connect), "has no effect, as in timm; use --drop-path"))
     for name, default in _SCHEDULED_SIZES.items():

@@ -13,6 +13,7 @@ from ..data.unlabeled_images import check_unlabeled_arguments
 from ..device import check_device
 from . import data_flags as flags_data
 from . import optim_flags as flags_optim
+from . import task_flags
 from .checks import check_arguments, warn_of_unused
 from .config import load_config
 from .parser import HelpFormatter, TrainParser, add_refused_arguments, check_refused
@@ -35,6 +36,7 @@ def build_parser() -> TrainParser:
     )
     registry.add_arguments(parser)
     flags_data.add_data_arguments(parser)
+    task_flags.add_task_arguments(parser)
     flags_data.add_model_arguments(parser)
     flags_data.add_device_arguments(parser)
     flags_optim.add_optimizer_arguments(parser)
@@ -69,7 +71,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.data and not args.data_dir:
         args.data_dir = args.data
     check_refused(args)
+    task_flags.fill_task_defaults(args)
     check_arguments(args)
+    task_flags.check_task_arguments(args)
     registry.check_arguments(args)
     robust.check_arguments(args)
     check_unlabeled_arguments(args)

@@ -71,7 +71,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="8-bit PIL mode that images are converted to; left out: RGB, or L for one channel",
     )
     add("--input-key", default=None, type=str, metavar="KEY", help="name of the image field in a dataset's records")
-    add("--target-key", default=None, type=str, metavar="KEY", help="name of the label field in a dataset's records")
+    add(
+        "--target-key",
+        default=None,
+        type=str,
+        metavar="KEY",
+        help="name of the label field in a dataset's records; "
+        "with --task multilabel also several, a,b,c, one per label",
+    )
     add("--dataset-trust-remote-code", action="store_true", help="let a Hugging Face dataset run the code it ships")
 
 
@@ -230,7 +237,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-prefetcher", action="store_true", help="normalise in the data loader, not on the device")
     add("--output", default="", type=str, metavar="DIR", help="where run folders go; empty: ./output/train")
     add("--experiment", default="", type=str, metavar="NAME", help="name of the run's folder; empty: date and model")
-    add("--eval-metric", default="top1", type=str, metavar="NAME", help="what 'best' means: top1, top5 or loss")
+    add(
+        "--eval-metric",
+        default=None,
+        type=str,
+        metavar="NAME",
+        help="what 'best' means: top1 (left out), top5 or loss; with --task multilabel: map (left out), micro_f1, "
+        "macro_f1, sample_f1 or loss",
+    )
     add("--tta", type=int, default=0, metavar="N", help="validation views per image that the loader yields; 0: one")
     add("--use-multi-epochs-loader", action="store_true", help="keep data workers alive between epochs")
     add("--log-tensorboard", action="store_true", help="log metrics for TensorBoard into the run's folder")

@@ -145,7 +145,13 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of CutMix where both are on")
     add("--mixup-mode", type=str, default="batch", metavar="MODE", help="draw per batch, pair or elem")
     add("--mixup-off-epoch", default=0, type=int, metavar="N", help="no mixing from this epoch on; 0: never off")
-    add("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing")
+    add(
+        "--smoothing",
+        type=float,
+        default=None,
+        metavar="X",
+        help="label smoothing; left out: 0.1, or 0 with --task multilabel, whose labels it moves towards 0.5",
+    )
     add("--train-interpolation", type=str, default="random", metavar="NAME", help="interpolation of training crops")
     add("--drop", type=float, default=0.0, metavar="P", help="dropout rate")
     add("--drop-connect", type=float, default=None, metavar="P", help="accepted as timm does, without effect")

@@ -72,15 +72,6 @@ _REFUSED: tuple[tuple[str, Any, type, Sequence[str] | None, str | None], ...] = 
     ("--naflex-patch-size-probs", None, float, None, "+"),
     ("--naflex-loss-scale", "linear", str, ("none", "sqrt", "linear"), None),
     ("--naflex-patchify-channels-first", False, bool, None, None),
-    ("--kd-model-name", None, str, None, None),
-    ("--kd-distill-type", "logit", str, ("logit", "feature", "token"), None),
-    ("--kd-loss-type", "kl", str, None, None),
-    ("--distill-loss-weight", None, float, None, None),
-    ("--task-loss-weight", None, float, None, None),
-    ("--kd-temperature", 4.0, float, None, None),
-    ("--kd-student-feature-dim", None, int, None, None),
-    ("--kd-teacher-feature-dim", None, int, None, None),
-    ("--kd-token-distill-type", "soft", str, ("soft", "hard"), None),
 )
 
 
@@ -95,13 +86,11 @@ def add_refused_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
         else:
             group.add_argument(flag, default=default, type=kind, choices=choices, nargs=nargs, help=argparse.SUPPRESS)
-    group.add_argument("--task", default="classification", type=str, help=argparse.SUPPRESS)
 
 
 def check_refused(args: argparse.Namespace) -> None:
     """Raise ``UsageError`` for a flag that is set but not supported here."""
-    supported = {flag: default for flag, default, *_ in _REFUSED} | {"--task": "classification"}
-    for flag, default in supported.items():
+    for flag, default, *_ in _REFUSED:
         value = getattr(args, flag.lstrip("-").replace("-", "_"))
         if value != default:
             shown = flag if value is True else f"{flag} {value}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.models import clean_state_dict
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from timm.utils import NativeScaler
 
 from ...errors import UsageError
@@ -81,7 +81,7 @@ def restore_training(
     args: argparse.Namespace,
     path: str,
     checkpoint: dict[str, Any],
-    task: ClassificationTask,
+    task: TrainingTask,
     optimizer: torch.optim.Optimizer,
     scaler: NativeScaler | None,
 ) -> int:
@@ -138,7 +138,7 @@ def _restore_scaler(path: str, state: Any, scaler: NativeScaler) -> None:
         ) from error
 
 
-def restore_ema(path: str, checkpoint: dict[str, Any], task: ClassificationTask) -> None:
+def restore_ema(path: str, checkpoint: dict[str, Any], task: TrainingTask) -> None:
     """Loads the averaged weights, or the plain ones where the checkpoint has no average."""
     suffix = "_ema" if checkpoint.get("state_dict_ema") is not None else ""
     if not suffix and is_first_process():

@@ -45,7 +45,8 @@ _NAMES: dict[Fate, str] = {
         noise_sigma noise_lambda noise_reduction noise_objective noise_grad
         moex_lambda moex_prob pgd_at_eps pgd_at_alpha pgd_at_steps pgd_at_init
         data data_dir dataset train_split train_fraction test_split train_num_samples val_num_samples dataset_download
-        unlabeled_dir class_map input_img_mode input_key target_key dataset_trust_remote_code
+        unlabeled_dir class_map input_img_mode input_key target_key target_format dataset_trust_remote_code
+        distill_loss_weight task_loss_weight kd_temperature kd_token_distill_type
         resume no_resume_opt img_size input_size crop_pct mean std interpolation batch_size validation_batch_size
         channels_last grad_accum_steps grad_checkpointing fast_norm torchcompile torchcompile_mode cuda_graph
         device amp amp_dtype model_dtype no_ddp_bb synchronize_step local_rank device_modules
@@ -74,9 +75,8 @@ _NAMES: dict[Fate, str] = {
         method alfa_blocks alfa_learnable alfa_eta_set noise_blocks moex_block
         val_fraction split_seed
         torchscript fuser aug_splits jsd_loss resplit split_bn naflex_loader naflex_train_seq_lens naflex_max_seq_len
-        naflex_patch_sizes naflex_patch_size_probs naflex_loss_scale naflex_patchify_channels_first kd_model_name
-        kd_distill_type kd_loss_type distill_loss_weight task_loss_weight kd_temperature kd_student_feature_dim
-        kd_teacher_feature_dim kd_token_distill_type task
+        naflex_patch_sizes naflex_patch_size_probs naflex_loss_scale naflex_patchify_channels_first
+        task kd_distill_type kd_loss_type kd_student_feature_dim kd_teacher_feature_dim
     """,
     Fate.RANKING: "eval_metric val_split model_ema model_ema_force_cpu",
 }
@@ -91,8 +91,18 @@ def _of_batch_norm(old: Any, new: Any, args: argparse.Namespace) -> Fate:
     return Fate.REFUSED if "aux" in (old, new) else Fate.EFFECTIVE  # which are parameters of their own
 
 
+def _of_teacher(old: Any, new: Any, args: argparse.Namespace) -> Fate:
+    return Fate.EFFECTIVE if old and new else Fate.REFUSED  # its folder may have moved
+
+
+def _of_threshold(old: Any, new: Any, args: argparse.Namespace) -> Fate:
+    return Fate.RANKING if str(args.eval_metric).endswith("_f1") else Fate.EFFECTIVE
+
+
 # Where the values decide: (old, new, all new flags) -> fate.
 _BY_VALUE: dict[str, Callable[[Any, Any, argparse.Namespace], Fate]] = {
+    "kd_model_name": _of_teacher,
+    "multilabel_threshold": _of_threshold,
     "alfa_bn": _of_batch_norm,
     "noise_bn": _of_batch_norm,
     "opt": lambda old, new, args: _unless_new(args, str(old).lower() != str(new).lower()),
@@ -114,7 +124,7 @@ _OF_OPTIMIZER = ("opt", "opt_kwargs", "momentum", "weight_decay", "layer_decay",
 # set by a run itself, in the place of what stands for "left out"
 _RESOLVED: dict[str, tuple[Any, ...]] = {
     "lr": (None, 0), "lr_base_scale": ("",), "num_classes": (None,), "in_chans": (None,), "device": ("cuda",),
-    "dist_bn": ("reduce",),
+    "dist_bn": ("reduce",), "eval_metric": (None,), "smoothing": (None,),
 }  # fmt: skip
 # of one session, so nothing to report
 _SESSION = {"resume", "no_resume_opt", "output", "experiment", "stop_epoch", "start_epoch", "alfa_list_blocks",
@@ -230,7 +240,7 @@ def _goes_on_in_place(args: argparse.Namespace, path: str) -> bool:
 def _refusal(args: argparse.Namespace, path: str, name: str, before: Any, now: Any) -> str:
     if name in _OF_OPTIMIZER:
         remedy = "--no-resume-opt goes on with a new optimizer"
-    elif FATES[name] is Fate.RANKING:
+    elif FATES[name] is Fate.RANKING or name == "multilabel_threshold":
         remedy = (
             "checkpoints could not be ranked with the earlier ones; "
             f"--resume {path} with another --experiment ranks its own"

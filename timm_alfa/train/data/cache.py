@@ -128,7 +128,7 @@ def read_images(dataset: Dataset[Any], workers: int) -> tuple[Tensor, Tensor]:
         workers: Processes that decode.
 
     Returns:
-        Images [N, C, H, W] of type ``uint8`` and class indices [N].
+        Images [N, C, H, W] of type ``uint8`` and class indices [N], or labels [N, num_classes] in floating point.
 
     Raises:
         UsageError: The images differ in size, or do not fit in this machine's memory.
@@ -137,7 +137,7 @@ def read_images(dataset: Dataset[Any], workers: int) -> tuple[Tensor, Tensor]:
     count = len(dataset)  # type: ignore[arg-type]  # a map-style dataset has a length
     loader: Any = DataLoader(dataset, batch_size=READ_BATCH, num_workers=workers, collate_fn=_stack)
     images: np.ndarray | None = None
-    targets = torch.empty(count, dtype=torch.int64)
+    targets: list[np.ndarray] = []
     filled = 0
     for batch, labels in loader:
         for image in batch if isinstance(batch, list) else [batch[0]]:
@@ -149,21 +149,25 @@ def read_images(dataset: Dataset[Any], workers: int) -> tuple[Tensor, Tensor]:
                 raise UsageError(f"--cache-images: the images must have one size, found {sizes} (height x width)")
         assert images is not None  # an empty dataset is refused where it is created
         images[filled : filled + len(labels)] = batch
-        targets[filled : filled + len(labels)] = torch.tensor(labels)
+        targets.append(labels)
         filled += len(labels)
     assert images is not None
     _logger.info(
         f"Keeping {count:,} images in memory ({images.nbytes / 2**20:,.0f} MiB), "
         f"read in {time.monotonic() - start:.1f} s."
     )
-    return torch.from_numpy(images), targets
+    return torch.from_numpy(images), torch.from_numpy(np.concatenate(targets))
 
 
-def _stack(batch: list[tuple[Any, ...]]) -> tuple[np.ndarray | list[np.ndarray], list[int]]:
-    """One array where all images have one size, else the list of them; arrays travel between processes as they are."""
+def _stack(batch: list[tuple[Any, ...]]) -> tuple[np.ndarray | list[np.ndarray], np.ndarray]:
+    """One array where all images have one size, else the list of them; arrays travel between processes as they are.
+
+    And the class indices, or the labels in floating point.
+    """
+    labels = np.stack([np.asarray(item[1]) for item in batch])
     images = [np.asarray(item[0]) for item in batch]
     same = len({image.shape for image in images}) == 1
-    return np.stack(images) if same else images, [int(item[1]) for item in batch]
+    return np.stack(images) if same else images, labels if labels.dtype == np.float32 else labels.astype(np.int64)
 
 
 def _check_memory(needed: int) -> None:

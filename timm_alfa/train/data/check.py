@@ -13,6 +13,7 @@ from ...errors import UsageError
 from .class_map import read_class_map
 from .digits import HELD_OUT_SPLITS, TRAIN_SPLITS
 from .folder import image_types, is_hidden
+from .metadata import METADATA_FILES, find_metadata
 
 __all__ = ["STREAMS", "check_data_arguments", "data_root", "dataset_kind", "find_split_folder", "is_torch_folder"]
 
@@ -53,10 +54,15 @@ def check_data_arguments(args: argparse.Namespace) -> None:
 
     Raises:
         UsageError: Unknown kind of dataset, its package is not installed, --data-dir is missing or has no images, a
-            split has no folder in it, --test-split is what is trained or validated on, or --class-map cannot be read or
-            has no effect.
+            split has no folder in it, --test-split is what is trained or validated on, --class-map cannot be read or
+            has no effect, or the images have one class each where --task multilabel asks for labels.
     """
     kind = dataset_kind(args)
+    if args.task == "multilabel" and kind in ("digits", "torch"):
+        raise UsageError(
+            f"--dataset {args.dataset}: its images have one class each; --task multilabel takes hfds/, hfids/, tfds/, "
+            f"wds/, or a folder with {' or '.join(METADATA_FILES)} in every split"
+        )
     if args.val_fraction is not None and args.val_split not in ("", "validation"):  # the default
         raise UsageError(
             f"--val-split {args.val_split}: has no effect with --val-fraction; leave one of the two out "
@@ -138,11 +144,17 @@ def _check_folder(args: argparse.Namespace) -> None:
         if not _has_image(folder, extensions):
             suffixes = ", ".join(sorted(extensions)[:6])
             raise UsageError(f"--data-dir {root}: no images in {folder}, expected files such as {suffixes}")
+        if args.task == "multilabel":
+            find_metadata(f"{flag} {splits[flag]}", folder)
         if args.class_map:
             read_class_map(args.class_map, folder)
 
 
 def _check_tar(args: argparse.Namespace, root: str) -> None:
+    if args.task == "multilabel":
+        raise UsageError(
+            f"--data-dir {root}: a file, --task multilabel expects a folder, or --dataset wds/ for .tar files"
+        )
     if Path(root).suffix.lower() != ".tar" or is_torch_folder(args):
         raise UsageError(
             f"--data-dir {root}: a file, expected a folder of images"

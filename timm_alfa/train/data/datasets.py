@@ -6,7 +6,7 @@ import argparse
 import logging
 from typing import Any
 
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import ImageDataset, IterableImageDataset, MultiLabelTarget, create_dataset
 from torch.utils.data import Dataset
 
 from ...errors import UsageError
@@ -120,9 +120,12 @@ def _create_dataset(
             input_img_mode=mode,
             input_key=args.input_key,
             target_key=args.target_key,
+            target_format=args.target_format if args.task == "multilabel" else None,
             trust_remote_code=args.dataset_trust_remote_code,
             **training_only,
         )
+    if args.task == "multilabel":
+        dataset.target_transform = MultiLabelTarget(args.num_classes, dense=args.target_format == "multihot")
     if isinstance(dataset, IterableImageDataset):
         dataset = StreamedImages(dataset, mode=mode, num_classes=args.num_classes, where=where)
         if kind == "wds":
@@ -130,7 +133,7 @@ def _create_dataset(
         return dataset
     if not isinstance(dataset, ImageDataset):
         return TorchImages(dataset, mode)
-    if args.class_map:
+    if args.class_map and args.task != "multilabel":  # whose lists are held against the map as they are read
         check_source_labels(args.class_map, where, dataset.reader)
     return NamedImageDataset(dataset)
 

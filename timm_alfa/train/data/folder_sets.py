@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from timm.data import ImageDataset
+from timm.data import ImageDataset, MultiLabelTarget
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -17,6 +17,7 @@ from .check import data_root, find_split_folder
 from .class_map import check_same_names, read_class_map
 from .folder import FolderReader, check_listing, image_types, is_hidden, list_images
 from .images import NamedImageDataset, TorchImages
+from .metadata import LabelledReader, find_metadata
 from .tar import TarReader
 
 __all__ = ["VisibleImageFolder", "open_folder", "open_torch_folder"]
@@ -36,6 +37,8 @@ def open_folder(args: argparse.Namespace, where: str, split: str, mode: str) -> 
             names other classes.
     """
     root, tell = _root(args), _tells(args)
+    if args.task == "multilabel":
+        return _open_labelled(args, where, _folder(where, root, split), mode)
     _refuse_keys(args, "target_key", *(["input_key"] if os.path.isfile(root) else []))
     if os.path.isfile(root):
         class_map = read_class_map(args.class_map, os.path.dirname(root)) if args.class_map else None
@@ -53,6 +56,23 @@ def open_folder(args: argparse.Namespace, where: str, split: str, mode: str) -> 
             )
         reader = FolderReader(folder, listing.images, class_map)
     return NamedImageDataset(ImageDataset(root=None, reader=reader, input_img_mode=mode))
+
+
+def _open_labelled(args: argparse.Namespace, where: str, folder: str, mode: str) -> Dataset[Any]:
+    """Images and their labels in ``metadata.csv`` or ``metadata.jsonl``."""
+    _refuse_keys(args, "input_key")
+    dense = args.target_format == "multihot"
+    reader = LabelledReader(
+        where,
+        find_metadata(where, folder),
+        num_classes=args.num_classes,
+        target_key=args.target_key,
+        dense=dense,
+        class_map=read_class_map(args.class_map, folder) if args.class_map else None,
+        tell=_tells(args),
+    )
+    encode = MultiLabelTarget(args.num_classes, dense=dense)
+    return NamedImageDataset(ImageDataset(root=None, reader=reader, input_img_mode=mode, target_transform=encode))
 
 
 def open_torch_folder(args: argparse.Namespace, where: str, split: str, mode: str) -> Dataset[Any]:

@@ -29,7 +29,8 @@ class NamedImageDataset(ImageDataset):
     """A ``timm.data.ImageDataset`` of images as ``convert_image`` makes them, whose errors name the file.
 
     As in timm, an image that does not decode is replaced by the next one, and after ten in a row (or
-    TIMM_DATASET_MAX_RETRIES) loading ends with a DataError. One whose values have no known range ends it at once.
+    TIMM_DATASET_MAX_RETRIES) loading ends with a DataError. One whose values have no known range, or whose labels
+    ``target_transform`` does not take, ends it at once.
 
     Args:
         dataset: The dataset to read as; its reader, mode and transforms are taken over.
@@ -64,7 +65,10 @@ class NamedImageDataset(ImageDataset):
         if target is None:
             target = -1
         elif self.target_transform is not None:
-            target = self.target_transform(target)
+            try:
+                target = self.target_transform(target)
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{self._name(position)}: its labels are {target!r}: {one_line(error)}") from error
         return image, target, *features
 
     def _read(self, position: int) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 import numpy as np
+from timm.data import MultiLabelTarget
 from torch.utils.data import Dataset
 
 from ...errors import UsageError
@@ -73,11 +74,12 @@ def split_training_set(args: argparse.Namespace, dataset: Any) -> tuple[Any, Par
         The training set (``dataset`` itself where neither flag is given) and the held-out images, or None.
 
     Raises:
-        UsageError: The dataset does not list its labels, or a part would be empty.
+        UsageError: The dataset does not list its labels, or a part would be empty. Images of independent labels are
+            picked at random, whatever their labels.
     """
     if args.val_fraction is None and args.train_fraction is None:
         return dataset, None
-    classes = class_indices(dataset)
+    classes = np.zeros(len(dataset), dtype=int) if _has_labels(dataset) else class_indices(dataset)
     if classes is None:
         flag = "--val-fraction" if args.val_fraction is not None else "--train-fraction"
         raise UsageError(
@@ -119,7 +121,12 @@ def split_indices(
 
 
 def class_indices(dataset: Any) -> np.ndarray | None:
-    """Class of every item [N] as timm's readers and torchvision's datasets list them; None where they do not."""
+    """Class of every item [N] as timm's readers and torchvision's datasets list them; None where they do not.
+
+    Nor where an item has labels in place of a class.
+    """
+    if _has_labels(dataset):
+        return None
     if isinstance(dataset, Part):
         whole = class_indices(dataset.dataset)
         return None if whole is None else whole[dataset.indices]
@@ -131,3 +138,9 @@ def class_indices(dataset: Any) -> np.ndarray | None:
         labels = source.dataset[source.label_key]
     classes = None if labels is None else np.asarray(labels)
     return classes if classes is not None and classes.ndim == 1 and len(classes) == len(dataset) else None
+
+
+def _has_labels(dataset: Any) -> bool:
+    """Whether an item has independent labels (``--task multilabel``) rather than one class."""
+    source = dataset.dataset if isinstance(dataset, Part) else dataset
+    return isinstance(getattr(source, "target_transform", None), MultiLabelTarget)

@@ -31,7 +31,8 @@ class StreamedImages(IterableImageDataset):
         where: How the user named the split; errors start with it.
 
     Raises:
-        DataError: While it is read: a label is none of the classes or not in the class map, an image has values without
+        DataError: While it is read: a label is none of the classes, not in the class map or not what
+            ``target_transform`` takes, an image has values without
             a known range, the reader fails, or a whole epoch of training has no images.
     """
 
@@ -57,7 +58,7 @@ class StreamedImages(IterableImageDataset):
                 raise DataError(f"{self.where}: {_missing(self.reader, error)}") from error
             except _TROUBLES as error:
                 raise DataError(f"{self.where}: {one_line(error)}") from error
-            self._check_label(target)
+            target = self._encoded(target)
             try:
                 image = convert_image(image, self.mode)
             except PixelRangeError as error:
@@ -66,11 +67,19 @@ class StreamedImages(IterableImageDataset):
             count += 1
             if self.transform is not None:
                 image = self.transform(image)
-            if self.target_transform is not None:
-                target = self.target_transform(target)
             yield image, target
         if not count and getattr(self.reader, "is_training", False):
             raise DataError(f"{self.where}: a data worker finds no images in its share, the warnings above say why")
+
+    def _encoded(self, target: Any) -> Any:
+        """A label, checked, or what ``target_transform`` makes of the labels of an image."""
+        if self.target_transform is None:
+            self._check_label(target)
+            return target
+        try:
+            return self.target_transform(target)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self.where}: the labels of an image are {target!r}: {one_line(error)}") from error
 
     def _check_label(self, target: Any) -> None:
         if self.num_classes is None:
@@ -134,7 +143,7 @@ def _try_sample(dataset: StreamedImages, shard: int) -> None:
     name = reader.split_info.filenames[shard]
     reader.split_info = dataclasses.replace(reader.split_info, filenames=(name,))
     reader.is_training, reader.num_workers, reader.dist_num_replicas, reader.dist_rank = False, 1, 1, 0
-    trial.reader, trial.transform, trial.target_transform = reader, None, None
+    trial.reader, trial.transform = reader, None
     with _warnings_of(type(reader).__module__) as warnings:
         try:
             with closing(iter(trial)) as samples:
