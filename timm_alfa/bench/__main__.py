@@ -1,13 +1,15 @@
-"""Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader``, ``paper`` and ``finetune``."""
+"""Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader``, ``rounding``, ``paper`` and ``finetune``."""
 
 import sys
 
-from . import loader, loop, step
+from . import loader, loop, rounding, step
 from .common import run
 from .finetune import command as finetune
 from .paper import command as paper
 
-COMMANDS = {"step": step, "loop": loop, "loader": loader, "paper": paper, "finetune": finetune}
+COMMANDS = {
+    "step": step, "loop": loop, "loader": loader, "rounding": rounding, "paper": paper, "finetune": finetune,
+}  # fmt: skip
 USAGE = f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ..."
 
 name = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -26,6 +26,7 @@ from ..loss import AlfaLoss, scalar_loss
 from ..pgd import is_finite
 from .core import Engine
 from .gradients import Gradients
+from .half_precision import Rounding
 from .hand_over import LossScale, refusing_gradients
 from .recording import Cut, Recording
 
@@ -46,6 +47,8 @@ class StepResult:
             and, unless gradients are scaled (float16), those that its perturbation follows.
         eta_gradient: Of the objective with respect to eta, [r]; zeros unless it is learned.
         others: Leaves that the loss depends on besides the model's parameters and what was given to the step.
+        survives: Block name -> the share of its perturbation that half precision leaves, []; only of blocks that were
+            observed, and only in half precision.
     """
 
     loss: Tensor
@@ -56,6 +59,7 @@ class StepResult:
     eta_gradient: Tensor
     finite: dict[str, Tensor]
     others: list[Tensor] = field(default_factory=list)
+    survives: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TailByTailStep:
@@ -71,6 +75,7 @@ class TailByTailStep:
     def __init__(self, engine: Engine, objective: AlfaLoss):
         self.engine = engine
         self.objective = objective
+        self.rounding = Rounding(engine)
         self._loss_scale = LossScale()
 
     def __call__(
@@ -158,6 +163,8 @@ class TailByTailStep:
             wide = result.eta_gradient.dtype  # float64 where the device has it
             slope = torch.stack([(g.to(wide) * d.to(wide)).sum() for g, d in zip(at_feature, delta, strict=True)]).sum()
             result.eta_gradient[engine.blocks.index(block)] += weight * slope / gradients.scale
+        if observe is not None and (share := self.rounding.survival(recording, block, delta)) is not None:
+            result.survives[block] = share
 
 
 def _aliased(input: Any, target: Any) -> tuple[Any, Any, list[Tensor]]:

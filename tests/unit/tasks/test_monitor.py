@@ -21,13 +21,18 @@ def monitor(*blocks: str, **options: Any) -> FeatureMonitor:
 
 
 def result(
-    clean: float, adversarial: float, observed: dict[str, Tensor] | None = None, **by_block: float
+    clean: float,
+    adversarial: float,
+    observed: dict[str, Tensor] | None = None,
+    survives: dict[str, Tensor] | None = None,
+    **by_block: float,
 ) -> dict[str, Any]:
     return {
         "loss_clean": torch.tensor(clean),
         "loss_adv": torch.tensor(adversarial),
         "loss_adv_by_block": {name: torch.tensor(value) for name, value in by_block.items()},
         "observed": observed or {},
+        "survives": survives or {},
     }
 
 
