@@ -299,6 +299,43 @@ def test_a_dry_run_from_trained_weights_proposes_sizes(
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["alfa-sizes.png"]
 
 
+@pytest.mark.parametrize("half", ["--amp --amp-dtype bfloat16", "--model-dtype bfloat16"])
+def test_a_dry_run_in_half_precision_says_what_it_leaves(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, half: str
+):
+    monkeypatch.setattr(propose_alpha, "STEPS", 1)
+    torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), tmp_path / "weights.pth")
+    flags = f"--model test_efficientnet --initial-checkpoint {tmp_path}/weights.pth --alfa-blocks blocks.2"
+    main(_arguments(images, tmp_path / "out", f"{flags} --alfa-alpha 0.12% {half} --alfa-dry-run"))
+    printed = capsys.readouterr().out
+    assert re.search(r"blocks.2: delta 0.12% of the feature, \d+% of it survives bfloat16, loss [+-]\S+%", printed)
+    assert re.search(r"blocks.2: delta is .*, of which \d+% survives bfloat16, .*; try --alfa-alpha 2%, or ", printed)
+    assert "(rise of the loss / predictions that change / delta that survives bfloat16):" in printed
+    rows = [line.split(" / ") for line in printed.splitlines() if re.match(r" *[\d.]+% ", line)]
+    assert len(rows) == 9
+    assert all(len(row) == 3 for row in rows)
+    shares = [float(row[2].rstrip("%")) for row in rows]
+    assert shares[0] < 80 < 95 < shares[-1] <= 100
+
+
+FEW_BITS = "--model test_convnext --alfa-blocks stages.2.blocks.0 @last --alfa-alpha 0.12%"
+
+
+@pytest.mark.parametrize("half", ["", "--amp --amp-dtype bfloat16"])
+def test_half_precision_adds_a_column(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, half: str):
+    with caplog.at_level(logging.INFO):
+        main(_arguments(images, tmp_path, f"--epochs 2 {FEW_BITS} {half}"))
+    rows = read_summary(tmp_path / "run")
+    names = [name for name in rows[0] if "survives" in name]
+    blocks = ("stages.2.blocks.0", "stages.3")
+    assert names == ([f"train_delta_survives_{block}" for block in blocks] if half else [])
+    assert ("survives" in caplog.text) == bool(half)
+    for row in rows:
+        assert all(0 < float(row[name]) <= 1 for name in names)
+    warnings = [record.message for record in caplog.records if "survives bfloat16, and" in record.message]
+    assert len(warnings) == len(names[:1])  # of the first, once; pooling takes the last in float32
+
+
 def test_alfa_is_logged_recorded_and_leaves_a_plain_model(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -1,13 +1,21 @@
-"""Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader``, ``host``, ``paper`` and ``finetune``."""
+"""Measurements: ``python -m timm_alfa.bench`` and a name: ``step``, ``loop``, ``loader``, ``paper``, ``finetune`` ..."""
 
 import sys
 
-from . import host, loader, loop, step
+from . import host, loader, loop, rounding, step
 from .common import run
 from .finetune import command as finetune
 from .paper import command as paper
 
-COMMANDS = {"step": step, "loop": loop, "loader": loader, "host": host, "paper": paper, "finetune": finetune}
+COMMANDS = {
+    "step": step,
+    "loop": loop,
+    "loader": loader,
+    "host": host,
+    "rounding": rounding,
+    "paper": paper,
+    "finetune": finetune,
+}
 USAGE = f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ..."
 
 name = sys.argv[1] if len(sys.argv) > 1 else ""

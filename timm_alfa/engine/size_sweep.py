@@ -15,6 +15,7 @@ from ..loss import scalar_loss
 from ..perturbation import Pgd
 from ..sizes import Relative
 from .core import Engine
+from .half_precision import Rounding
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 TARGET_RISE = 1.5  # the best settings of results/finetune-choosing: 1.2 to 1.9 at blocks.2, more at later blocks
@@ -28,11 +29,13 @@ class Effect:
         share: alpha, of the feature.
         rise: By how much of itself the loss rises.
         flips: Share of predictions that change.
+        survives: Share of delta that half precision leaves; NaN in float32.
     """
 
     share: float
     rise: float
     flips: float
+    survives: float = math.nan
 
 
 def sweep_sizes(
@@ -55,7 +58,8 @@ def sweep_sizes(
     Returns:
         Block name -> one effect per size.
     """
-    sums = {block: torch.zeros(len(shares), 2, dtype=torch.float64) for block in engine.blocks}
+    sums = {block: torch.zeros(len(shares), 3, dtype=torch.float64) for block in engine.blocks}
+    rounding = Rounding(engine)
     clean_sum, count, images = 0.0, 0, 0
     own = engine.perturbation, engine.passes
     try:
@@ -74,14 +78,16 @@ def sweep_sizes(
                                 output = engine.adversarial_output(recording, {block: delta})
                                 loss = scalar_loss(engine.criterion, output, target).item()
                             flips = int((_chosen(output) != chosen).sum())
-                            sums[block][index] += torch.tensor([loss - clean, flips], dtype=torch.float64)
+                            survives = rounding.survival(recording, block, delta)
+                            found = [loss - clean, flips, math.nan if survives is None else survives.item()]
+                            sums[block][index] += torch.tensor(found, dtype=torch.float64)
             clean_sum, count, images = clean_sum + clean, count + 1, images + len(chosen)
     finally:
         engine.perturbation, engine.passes = own
     return {
         block: [
-            Effect(share, rise_of(clean_sum, float(rise)), float(flips) / images)
-            for share, (rise, flips) in zip(shares, rows, strict=True)
+            Effect(share, rise_of(clean_sum, float(rise)), float(flips) / images, float(survives) / count)
+            for share, (rise, flips, survives) in zip(shares, rows, strict=True)
         ]
         for block, rows in sums.items()
     }

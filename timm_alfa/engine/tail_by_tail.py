@@ -26,6 +26,7 @@ from ..loss import AlfaLoss, scalar_loss
 from ..pgd import total
 from .core import Engine, add_to
 from .gradients import Gradients, weighted
+from .half_precision import Rounding
 from .hand_over import LossScale, refusing_gradients
 from .nested import detached, map_tensors
 from .recording import Cut, Feature, Recording
@@ -49,6 +50,8 @@ class StepResult:
             and, unless gradients are scaled (float16), those that its perturbation follows.
         eta_gradient: Of the objective with respect to eta, [r]; [0] unless it is learned.
         others: Leaves that the loss depends on besides the model's parameters and what was given to the step.
+        survives: Block name -> the share of its perturbation that half precision leaves, []; only of blocks that were
+            observed, only in half precision, and of blocks that are perturbed together only of the first.
     """
 
     loss: Tensor
@@ -59,6 +62,7 @@ class StepResult:
     eta_gradient: Tensor
     finite: dict[str, Tensor]
     others: list[Tensor] = field(default_factory=list)
+    survives: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TailByTailStep:
@@ -74,6 +78,7 @@ class TailByTailStep:
     def __init__(self, engine: Engine, objective: AlfaLoss):
         self.engine = engine
         self.objective = objective
+        self.rounding = Rounding(engine)
         self._loss_scale = LossScale()
 
     def __call__(
@@ -146,7 +151,7 @@ class _Attack:
         result: StepResult,
         observe: Observer | None,
     ):
-        self.engine, self.objective = step.engine, step.objective
+        self.engine, self.objective, self.rounding = step.engine, step.objective, step.rounding
         self.recording, self.target = recording, target
         self.gradients, self.result, self.observe = gradients, result, observe
         self.features: dict[str, Feature] = {}  # of the blocks that are perturbed next
@@ -221,6 +226,8 @@ class _Attack:
                 slopes = [(next(remaining).to(wide) * part.to(wide)).sum() for part in delta]
                 slope = torch.stack(slopes).sum()
                 result.eta_gradient[engine.blocks.index(block)] += weight * slope / self.gradients.scale
+        if self.observe is not None and (share := self.rounding.survival(recording, start, deltas[start])) is not None:
+            result.survives[start] = share
 
     def finite(self) -> dict[str, Tensor]:
         """What has to be finite -> whether it is, by one operation for all."""

@@ -101,6 +101,7 @@ def block_table(record: RunRecord) -> Element | None:
         ("loss_adv", "adversarial loss"),
         ("loss_rise", RISE),
         *((f"delta_{norm}", label) for norm, label in NORMS),
+        ("delta_survives", "share of delta that half precision leaves"),
     ]
     columns = [(name, label) for name, label in names if record.blocks_with(f"train_{name}_")]
     rows = [

@@ -333,6 +333,7 @@ class AlfaTask(MethodTask):
             "loss_adv_by_block": found.adversarial,
             "finite": found.finite,
             "observed": found.observed,
+            "survives": found.survives,
             "others": found.others,
         }
         if self.engine.eta.learnable:
@@ -346,7 +347,7 @@ class AlfaTask(MethodTask):
             result: What :meth:`compute` returned.
         """
         result = super().finish(result)
-        gradient, _ = result.pop("eta_gradient", None), result.pop("observed")
+        gradient, _, _ = result.pop("eta_gradient", None), result.pop("observed"), result.pop("survives")
         self._note_others(result.pop("others"))
         if self._stepper is not None and gradient is not None:
             self._stepper.add(gradient)
@@ -425,8 +426,7 @@ class AlfaTask(MethodTask):
         """Averages since the last call, over all ranks; logs what the perturbations did, and advice where it is due."""
         first = not self._described
         metrics = super().epoch_metrics()
-        blocks = self.engine.blocks
-        effects = describe_effects(metrics, blocks)
+        effects = self.effects(metrics)
         if self.verbose and effects:
             self._described = True
             _logger.info(f"{self.title}: {effects}")
@@ -436,15 +436,24 @@ class AlfaTask(MethodTask):
                     _logger.warning(line)
         return metrics
 
+    def effects(self, metrics: Mapping[str, float]) -> str:
+        """What the perturbations did, in a line; empty where nothing was measured.
+
+        Args:
+            metrics: As an epoch's.
+        """
+        return describe_effects(metrics, self.engine.blocks, self.step.rounding.dtype)
+
     def advice(self, metrics: Mapping[str, float], *, first: bool = True) -> dict[str, str]:
-        """By block, a line where its perturbation does next to nothing or too much.
+        """By block, a line where its perturbation does next to nothing or too much, or is mostly rounded away.
 
         Args:
             metrics: As an epoch's.
             first: Whether they are a run's first.
         """
         steps = getattr(self.engine.perturbation, "steps", 1)
-        return advise(metrics, self.engine.blocks, self.size_flag, steps=steps, first=first)
+        half = self.step.rounding.dtype
+        return advise(metrics, self.engine.blocks, self.size_flag, steps=steps, first=first, half=half)
 
     def write_history(self, folder: Path | None) -> None:
         """Append eta of every step since the last call to ``eta.csv`` in ``folder``; ranks without a folder drop it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,8 @@ class FeatureMonitor(LossMonitor):
         self.engine = engine
         self._by_block = {block: _Mean() for block in engine.blocks}
         self._norms = {block: _Mean() for block in engine.blocks}
+        self._survives = {block: _Mean() for block in engine.blocks}
+        self._half = False  # whether half precision was met
         self.history = EtaHistory(engine.blocks)
 
     @property
@@ -81,12 +84,19 @@ class FeatureMonitor(LossMonitor):
         return self._losses.count % self.NORM_INTERVAL == 0
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """One training step; ``observed`` has what :func:`norms` returned for some blocks."""
+        """One training step.
+
+        Args:
+            result: Of the task; ``observed`` has what :func:`norms` returned for some blocks, ``survives`` the share of
+                the perturbation that half precision leaves, [].
+        """
         super().add(result)
         for block, loss in result["loss_adv_by_block"].items():
             self._by_block[block].add(loss.float().reshape(1))
         for block, norms in result["observed"].items():
             self._norms[block].add(norms)
+        for block, share in result["survives"].items():
+            self._survives[block].add(share.float().reshape(1))
         if "eta" in result:
             self.history.add(self.engine.passes, result["eta"])
 
@@ -103,10 +113,16 @@ class FeatureMonitor(LossMonitor):
         Returns:
             ``loss_clean``, ``loss_adv``; per block ``loss_adv_<block>`` (if there are several), ``loss_rise_<block>``
             (by how much of itself the loss rises), ``delta_l2_<block>``, ``delta_linf_<block>`` (means over images) and
-            ``delta_ratio_<block>`` (rms(delta) / rms(f)); for L-ALFA ``eta_<block>``. Always the same keys; NaN where
-            nothing was measured.
+            ``delta_ratio_<block>`` (rms(delta) / rms(f)); in half precision, once it was met,
+            ``delta_survives_<block>`` (the share of delta that is not rounded away); for L-ALFA ``eta_<block>``. Always
+            the same keys; NaN where nothing was measured.
         """
         metrics = super().take()
+        shares = [f"delta_survives_{block}" for block in self.engine.blocks]
+        self._half = self._half or not all(math.isnan(metrics[name]) for name in shares)  # alike on all ranks
+        if not self._half:
+            for name in shares:
+                del metrics[name]
         for block in self.engine.blocks:
             adversarial, clean = metrics[f"loss_rise_{block}"], metrics["loss_clean"]
             metrics[f"loss_rise_{block}"] = rise_of(clean, adversarial if self.divergence else adversarial - clean)
@@ -123,7 +139,8 @@ class FeatureMonitor(LossMonitor):
                 names.append(f"loss_adv_{block}")
                 values.append(by_block)
             names += [f"loss_rise_{block}", f"delta_l2_{block}", f"delta_linf_{block}", f"delta_ratio_{block}"]
-            values += [by_block, self._norms[block].take(3)]
+            names.append(f"delta_survives_{block}")
+            values += [by_block, self._norms[block].take(3), self._survives[block].take(1)]
         return names, values
 
 

@@ -22,7 +22,6 @@ from ..perturbation import Pgd
 from ..run_folder.output import DEFAULT_OUTPUT
 from ..tasks.alfa import AlfaTask
 from ..tasks.base import MethodTask
-from ..tasks.visibility import describe_effects
 from .propose_alpha import propose_alpha
 
 PAIRS = 5
@@ -103,7 +102,7 @@ def dry_run(
     )
     if not isinstance(task, AlfaTask) or metrics is None:
         return
-    print(describe_effects(metrics, task.engine.blocks), *task.advice(metrics).values(), sep="\n")
+    print(task.effects(metrics), *task.advice(metrics).values(), sep="\n")
     if not isinstance(task.engine.perturbation, Pgd) or args.distributed:
         return
     if trained:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from ..engine.size_sweep import TARGET_RISE, Effect, propose, sweep_sizes
 from ..perturbation import Pgd
 from ..tasks.alfa import AlfaTask
-from ..tasks.visibility import percent
+from ..tasks.visibility import name_of, percent
 
 STEPS, SECONDS = 50, 60.0  # of plain training before the sweep: the gradient of a new classifier says nothing
 BATCHES = 4
@@ -45,25 +46,16 @@ def propose_alpha(
         A table, and what it proposes.
     """
     engine = task.engine
-    for group in optimizer.param_groups:
-        group["lr"] = group.get("initial_lr", group["lr"])
     held_back = list(itertools.islice(batches, BATCHES))
-    start, trained = time.monotonic(), 0
-    for input, target in itertools.islice(batches, STEPS):
-        with autocast():
-            loss = task.criterion(engine.model(input), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        trained += 1
-        if time.monotonic() - start > SECONDS:
-            break
+    trained = train_plainly(task, itertools.islice(batches, STEPS), optimizer, autocast, seconds=SECONDS)
     pgd = engine.perturbation
     assert isinstance(pgd, Pgd)
     effects = sweep_sizes(engine, held_back, pgd=pgd, autocast=autocast)
+    half = task.step.rounding.dtype
+    survives = f" / delta that survives {name_of(half)}" if half is not None else ""
     lines = [
         f"What alpha does after {trained} plain steps, on {len(held_back)} batches "
-        f"(rise of the loss / predictions that change):",
+        f"(rise of the loss / predictions that change{survives}):",
         render(effects),
     ]
     lines += [describe(block, found) for block, found in effects.items()]
@@ -73,16 +65,50 @@ def propose_alpha(
     return "\n".join(lines)
 
 
+def train_plainly(
+    task: AlfaTask,
+    batches: Iterable[tuple[Any, Any]],
+    optimizer: torch.optim.Optimizer,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    *,
+    seconds: float = math.inf,
+) -> int:
+    """Steps without the method, one per batch until the time is over; returns their number.
+
+    Args:
+        task: Whose model and criterion to take.
+        batches: Of the training data, on the device.
+        optimizer: Of the model; it takes its full learning rate.
+        autocast: Makes the context of a forward.
+        seconds: After which no further step begins.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("initial_lr", group["lr"])
+    start, trained = time.monotonic(), 0
+    for input, target in batches:
+        with autocast():
+            loss = task.criterion(task.engine.model(input), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trained += 1
+        if time.monotonic() - start > seconds:
+            break
+    return trained
+
+
 def render(effects: Mapping[str, Sequence[Effect]]) -> str:
     """A row per size, a column per block."""
     blocks = list(effects)
     rows = [["alpha", *blocks]]
-    rows += [
-        [percent(row[0].share), *(f"{percent(effect.rise, sign=True)} / {percent(effect.flips)}" for effect in row)]
-        for row in zip(*effects.values(), strict=True)
-    ]
+    rows += [[percent(row[0].share), *map(_cell, row)] for row in zip(*effects.values(), strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _cell(effect: Effect) -> str:
+    survives = "" if math.isnan(effect.survives) else f" / {percent(effect.survives)}"
+    return f"{percent(effect.rise, sign=True)} / {percent(effect.flips)}{survives}"
 
 
 def describe(block: str, effects: Sequence[Effect]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -47,6 +49,35 @@ def test_effects_are_those_of_a_plain_step(steps: int) -> None:
 def tail(model: Small, feature: torch.Tensor) -> torch.Tensor:
     output: torch.Tensor = model.head(model.neck(feature.mean(dim=(2, 3))))
     return output
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_what_survives_half_precision(precision: str) -> None:
+    torch.manual_seed(0)
+    model = Small(drop=0.0).train().to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    images, target = batch(8, batch_size=16, dtype=next(model.parameters()).dtype)
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    engine = Engine(model, F.cross_entropy, {"stem": model.stem, "block": model.block}, Pgd())
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16) if precision == "autocast" else nullcontext
+    found = sweep_sizes(engine, [(images, target)] * 2, shares=(0.002, 0.2), pgd=Pgd(), autocast=autocast)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    survives = {block: [effect.survives for effect in effects] for block, effects in found.items()}
+    if precision == "float32":
+        assert all(math.isnan(share) for shares in survives.values() for share in shares)
+        return
+    small, large = survives["stem"]
+    assert 0 < small < 0.99 < large <= 1
+    with torch.no_grad(), autocast():
+        feature = model.stem(images)
+    size = (0.002 * rms([feature])[0]).expand(feature.shape)
+    moved = [((feature + way * size).to(torch.bfloat16) != feature) for way in (1, -1)]
+    weights = size.square() / size.square().sum()
+    bounds = [float((weights * both).sum()) for both in (moved[0] & moved[1], moved[0] | moved[1])]
+    assert bounds[0] * 0.9 < small < bounds[1] + 1e-4  # whatever the signs; some entries have no gradient
+    if precision == "autocast":
+        assert survives["block"] == [1, 1]  # a mean, in float32
 
 
 def test_proposals() -> None:

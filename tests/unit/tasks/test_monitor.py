@@ -21,13 +21,18 @@ def monitor(*blocks: str, **options: Any) -> FeatureMonitor:
 
 
 def result(
-    clean: float, adversarial: float, observed: dict[str, Tensor] | None = None, **by_block: float
+    clean: float,
+    adversarial: float,
+    observed: dict[str, Tensor] | None = None,
+    survives: dict[str, Tensor] | None = None,
+    **by_block: float,
 ) -> dict[str, Any]:
     return {
         "loss_clean": torch.tensor(clean),
         "loss_adv": torch.tensor(adversarial),
         "loss_adv_by_block": {name: torch.tensor(value) for name, value in by_block.items()},
         "observed": observed or {},
+        "survives": survives or {},
     }
 
 
@@ -62,6 +67,55 @@ def test_the_keys_are_always_the_same_and_averages_start_anew() -> None:
     seen.add(result(1.0, 2.0, stem=1.5, block=2.5))
     assert list(seen.take()) == list(empty)
     assert math.isnan(seen.take()["loss_clean"])
+
+
+def test_half_precision_adds_its_share_once_it_was_met() -> None:
+    seen = monitor()
+    seen.add(result(1.0, 2.0, stem=1.5, block=2.5))
+    plain = list(seen.take())
+    assert not any("survives" in name for name in plain)
+    seen.add(result(1.0, 2.0, survives={"stem": torch.tensor(0.25)}, stem=1.5, block=2.5))
+    seen.add(result(1.0, 2.0, survives={"stem": torch.tensor(0.75)}, stem=1.5, block=2.5))
+    metrics = seen.take()
+    assert metrics["delta_survives_stem"] == 0.5
+    assert math.isnan(metrics["delta_survives_block"])
+    expected = list(plain)
+    for block in ("stem", "block"):
+        expected.insert(expected.index(f"delta_ratio_{block}") + 1, f"delta_survives_{block}")
+    assert list(metrics) == expected
+    seen.add(result(1.0, 2.0, stem=1.5, block=2.5))  # nothing was measured: the columns stay
+    assert list(seen.take()) == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_the_share_that_survives_is_that_of_the_observed_steps(precision: str) -> None:
+    torch.manual_seed(0)
+    model = Small(drop=0.0).train().to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    task = AlfaTask(model, F.cross_entropy, ["stem", "block"], alpha="0.2%", sample_blocks=1, verbose=False)
+    images, target = batch(8, dtype=next(model.parameters()).dtype)
+    shares: dict[str, list[float]] = {"stem": [], "block": []}
+    step = task.step
+
+    def noted(*args: Any) -> Any:
+        found = step(*args)
+        for block, share in found.survives.items():
+            shares[block].append(float(share))
+        return found
+
+    task.step = noted  # type: ignore[assignment]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        for _ in range(41):
+            result = task(images, target)
+    assert not {"survives", "observed"} & result.keys()
+    metrics = task.monitor.take()
+    if precision == "float32":
+        assert shares == {"stem": [], "block": []}
+        assert not any("survives" in name for name in metrics)
+        return
+    assert sum(map(len, shares.values())) == 5
+    assert all(0 < share < 1 for share in shares["stem"])
+    for block, found in shares.items():
+        assert metrics[f"delta_survives_{block}"] == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
 def test_one_block_needs_no_loss_of_its_own() -> None:
