@@ -1,13 +1,14 @@
-"""Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader``, ``paper`` and ``finetune``."""
+"""Measurements: ``python -m timm_alfa.bench step``, ``loop``, ``loader``, ``paper``, ``finetune`` and ``gpu``."""
 
 import sys
 
 from . import loader, loop, step
 from .common import run
 from .finetune import command as finetune
+from .gpu import command as gpu
 from .paper import command as paper
 
-COMMANDS = {"step": step, "loop": loop, "loader": loader, "paper": paper, "finetune": finetune}
+COMMANDS = {"step": step, "loop": loop, "loader": loader, "paper": paper, "finetune": finetune, "gpu": gpu}
 USAGE = f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ..."
 
 name = sys.argv[1] if len(sys.argv) > 1 else ""
