@@ -47,8 +47,8 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     return state
 
 
-def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path) -> None:
-    flags = f"--epochs 4 {LEARN} {LOOP}"
+def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path, device: torch.device) -> None:
+    flags = f"--device {device} --epochs 4 {LEARN} {LOOP}"
     whole = run(images, tmp_path / "whole", flags)
     run(images, tmp_path / "parts", f"{flags} --stop-epoch 2")
     early = checkpoint(tmp_path / "parts" / "run")
@@ -68,9 +68,11 @@ def test_two_epochs_and_two_more_are_four(images: Path, tmp_path: Path) -> None:
     assert not any("eta" in name for name in weights)
 
 
-def test_what_a_run_records(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_run_records(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
     with caplog.at_level(logging.INFO):
-        folder = run(images, tmp_path, f"--epochs 2 {LEARN} --log-interval 1")
+        folder = run(images, tmp_path, f"--device {device} --epochs 2 {LEARN} --log-interval 1")
     lines = [message for message in caplog.messages if message.startswith("Train: ")]
     assert len(lines) == 10
     blocks, history = read_history(folder)

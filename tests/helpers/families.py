@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from parity import gradient_errors, relative
 from reference.plain_alfa import PlainResult, plain_alfa
+from rng import rng_state, set_rng_state
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -131,8 +132,8 @@ def load() -> dict[str, Family]:
     return {name: Family(name, **values) for name, values in json.loads(DATA.read_text()).items()}
 
 
-def check(family: Family) -> Outcome:
-    """Try the family out."""
+def check(family: Family, device: torch.device | str = "cpu") -> Outcome:
+    """Try the family out, with the same weights and images on every device."""
     start = time.process_time()
     torch.manual_seed(0)
     model = timm.create_model(family.model, num_classes=10, **family.options)
@@ -142,6 +143,7 @@ def check(family: Family) -> Outcome:
     stages = list(resolve_blocks(model, "@stages"))
     blocks = [stages[(len(stages) - 1) // 2], *resolve_blocks(model, "@last")]
     shares = {info.name: info.tail_share for info in list_blocks(model, (3, family.size, family.size), depth=None)}
+    model, images, target = model.to(device), images.to(device), target.to(device)
     exact = replays_exactly(model.eval(), images, blocks)
     expected, errors = step_errors(model.double().train(), images.double(), target, blocks)
     return Outcome(
@@ -184,14 +186,15 @@ def step_errors(
     criterion: Callable[[Any, Any], Tensor] = F.cross_entropy,
 ) -> tuple[PlainResult, tuple[float, float]]:
     """The reference, and the largest errors of two steps of ``AlfaWrapper`` and of ``AlfaTask`` from the same state."""
-    state, before = torch.get_rng_state(), [buffer.clone() for buffer in model.buffers()]
+    device = images.device
+    state, before = rng_state(device), [buffer.clone() for buffer in model.buffers()]
     expected = plain_alfa(model, criterion, images, target, blocks, alpha=ALPHA, steps=1)
-    end, after = torch.get_rng_state(), [buffer.clone() for buffer in model.buffers()]
+    end, after = rng_state(device), [buffer.clone() for buffer in model.buffers()]
 
     def largest(step: Callable[[], Tensor]) -> float:
         errors = []
         for _ in range(2):
-            torch.set_rng_state(state)
+            set_rng_state(state, device)
             with torch.no_grad():
                 for buffer, value in zip(model.buffers(), before, strict=True):
                     buffer.copy_(value)
@@ -200,7 +203,7 @@ def step_errors(
             loss.backward()
             errors += [relative(loss, expected.loss), *gradient_errors(model, expected.gradients).values()]
             assert all(map(torch.equal, model.buffers(), after)), "buffers are not as the clean pass leaves them"
-            assert torch.equal(torch.get_rng_state(), end), "the random state is not as the clean pass leaves it"
+            assert torch.equal(rng_state(device), end), "the random state is not as the clean pass leaves it"
         return max(errors)
 
     alfa, loss_fn = AlfaWrapper(model, criterion, blocks, alpha=ALPHA), AlfaLoss(criterion)

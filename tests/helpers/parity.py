@@ -20,7 +20,8 @@ def lively(model: nn.Module) -> nn.Module:
     """In place: batch norms that do not start at zero, where wrong gradients would go unseen."""
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.affine:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
+            drawn = nn.init.uniform_(torch.empty_like(module.weight, device="cpu"), 0.5, 1.5)
+            module.weight.data.copy_(drawn)  # the same on every device
     return model
 
 

@@ -7,21 +7,22 @@ import copy
 from typing import Any
 
 import torch
+from rng import rng_state, set_rng_state
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import Tensor, nn
-from toys import Small, batch
+from toys import Device, Small, batch
 
 from timm_alfa.tasks import registry
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
 
-def small(drop: float = 0.3) -> nn.Module:
+def small(drop: float = 0.3, device: Device = "cpu") -> nn.Module:
     """A float64 model in training mode; every call builds the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return Small(drop).double().train()
+        return Small(drop).double().to(device).train()
 
 
 def checked(*argv: str) -> argparse.Namespace:
@@ -40,7 +41,7 @@ def task_from(model: nn.Module, *argv: str) -> ClassificationTask:
         checked(*argv),
         model,
         nn.CrossEntropyLoss(),
-        device=torch.device("cpu"),
+        device=next(model.parameters()).device,
         dtype=None,
         verbose=False,
         input_size=(3, 8, 8),
@@ -49,7 +50,7 @@ def task_from(model: nn.Module, *argv: str) -> ClassificationTask:
 
 def train(task: ClassificationTask, optimizer: torch.optim.Optimizer, steps: int = 2) -> list[Tensor]:
     """Losses of some steps on one batch; EMA moves along."""
-    images, target = batch(8)
+    images, target = batch(8, device=next(task.parameters()).device)
     losses = []
     for step in range(steps):
         loss = task(images, target)["loss"]
@@ -61,11 +62,11 @@ def train(task: ClassificationTask, optimizer: torch.optim.Optimizer, steps: int
     return losses
 
 
-def check_life_cycle(*argv: str) -> None:
+def check_life_cycle(*argv: str, device: torch.device) -> None:
     """A task saves and averages the plain model, and goes on from a checkpoint as if there had been no break."""
 
     def start() -> tuple[ClassificationTask, torch.optim.Optimizer]:
-        task = task_from(small(), *argv)
+        task = task_from(small(device=device), *argv)
         optimizer = create_optimizer_v2(task.get_trainable_module(), "sgd", lr=0.1, momentum=0.9, weight_decay=1e-4)
         return task, optimizer
 
@@ -79,7 +80,7 @@ def check_life_cycle(*argv: str) -> None:
     assert list(saved["state_dict"]) == list(saved["state_dict_ema"]) == keys
     nn.Module.load_state_dict(small(), saved["state_dict"], strict=True)
     assert _plain(saved["task_state"])
-    random = torch.get_rng_state()
+    random = rng_state(device)
     expected = train(task, optimizer)
 
     again, optimizer = start()
@@ -87,7 +88,7 @@ def check_life_cycle(*argv: str) -> None:
     optimizer.load_state_dict(saved["optimizer"])
     again.setup_ema(decay=0.5)
     again.load_checkpoint_state(saved["state_dict_ema"], saved.get("task_state_ema"), ema=True)
-    torch.set_rng_state(random)
+    set_rng_state(random, device)
     assert train(again, optimizer) == expected
     for ema in (False, True):
         one, other = (t.get_eval_model(ema=ema).state_dict().values() for t in (task, again))

@@ -1,5 +1,5 @@
 """The training command in processes of its own, forked: torch is imported already, and signals, limits and exit codes
-are real."""
+are real. Ranks that compute on an accelerator are started afresh instead, which its driver asks for."""
 
 from __future__ import annotations
 
@@ -14,21 +14,46 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from timm_alfa.train import main
 
+CPU = torch.device("cpu")
 
-def call_ranks(function: Callable[..., object], arguments: tuple[Any, ...], count: int) -> None:
-    """Call ``function(rank, *arguments)`` in ``count`` forked processes, and raise if one of them did."""
+
+def call_ranks(
+    function: Callable[..., object], arguments: tuple[Any, ...], count: int, device: torch.device = CPU
+) -> None:
+    """Call ``function(rank, *arguments)`` in ``count`` processes, and raise if one of them did.
+
+    Accelerators have to be as many as ranks; where they are not, the test is skipped.
+    """
+    if device.type != "cpu":
+        found = torch.get_device_module(device).device_count()
+        if found < count:
+            pytest.skip(f"{count} ranks need {count} {device.type} devices, found {found}")
+    method = "fork" if device.type == "cpu" else "spawn"
     with _forking():
-        ranks = torch.multiprocessing.start_processes(function, arguments, count, join=False, start_method="fork")
+        ranks = torch.multiprocessing.start_processes(function, arguments, count, join=False, start_method=method)
     try:
         while not ranks.join():
             pass
     finally:  # after a time-out, too, none is left behind
         for process in ranks.processes:
             process.kill()
+
+
+def join_group(rank: int, world_size: int, folder: str, device: torch.device) -> torch.device:
+    """In a rank: join the group of those that were given the same folder, and return this rank's own device."""
+    torch.set_num_threads(1)
+    if device.type != "cpu":
+        device = torch.device(device.type, rank)
+        torch.get_device_module(device).set_device(device)
+    backend = dist.get_default_backend_for_device(device)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    return device
 
 
 def start(

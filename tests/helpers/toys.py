@@ -43,19 +43,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, str, str]] = {
 }
 
 
-def family(name: str, batch_size: int = 4) -> tuple[nn.Module, Tensor, Tensor]:
-    """A float64 model in training mode with dropout (and drop-path), a batch, and labels of ten classes."""
+Device = torch.device | str
+
+
+def family(name: str, batch_size: int = 4, device: Device = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
+    """A float64 model in training mode with dropout (and drop-path), a batch, and labels of ten classes.
+
+    Weights and numbers are the same on every device.
+    """
     architecture, options, size, _, _ = FAMILIES[name]
     torch.manual_seed(1)
-    model = timm.create_model(architecture, num_classes=10, drop_rate=0.2, **options).double().train()
-    return model, *batch(size, batch_size)
+    model = timm.create_model(architecture, num_classes=10, drop_rate=0.2, **options).double().to(device).train()
+    return model, *batch(size, batch_size, device=device)
 
 
-def batch(size: int, batch_size: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def batch(
+    size: int, batch_size: int = 4, dtype: torch.dtype = torch.float64, device: Device = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Random images [batch_size, 3, size, size] and labels of ten classes."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(batch_size, 3, size, size, generator=generator, dtype=dtype)
-    return images, torch.randint(0, 10, (batch_size,), generator=generator)
+    return images.to(device), torch.randint(0, 10, (batch_size,), generator=generator).to(device)
 
 
 class UNet(nn.Module):
@@ -85,7 +93,7 @@ class Branches(nn.Module):
         self.narrow = nn.Conv2d(6, 5, 1)
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        return {"maps": [self.wide(x), self.narrow(x).mean(dim=(2, 3))], "index": torch.arange(len(x)), "scale": 2.0}
+        return {"maps": [self.wide(x), self.narrow(x).mean(dim=(2, 3))], "index": rows(x), "scale": 2.0}
 
 
 class Nested(nn.Module):
@@ -213,7 +221,12 @@ class Integers(nn.Module):
     """Row numbers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.arange(len(x))
+        return rows(x)
+
+
+def rows(x: Tensor) -> Tensor:
+    """0 to B - 1, where ``x`` is."""
+    return torch.arange(len(x), device=x.device)
 
 
 class Small(nn.Module):

@@ -36,8 +36,11 @@ def segments(output: dict[str, Tensor], target: Tensor) -> Tensor:
     return F.cross_entropy(output["out"], target)
 
 
-def check(model: nn.Module, images: Tensor, target: Tensor, blocks: list[str], criterion: Any) -> None:
+def check(
+    model: nn.Module, images: Tensor, target: Tensor, blocks: list[str], criterion: Any, device: torch.device
+) -> None:
     scatter_constants(model)
+    model, images, target = model.to(device), images.to(device), target.to(device)
     assert replays_exactly(model.eval(), images, blocks)
     expected, errors = step_errors(model.double().train(), images.double(), target, blocks, criterion)
     assert max(errors) < TOLERANCE
@@ -46,7 +49,7 @@ def check(model: nn.Module, images: Tensor, target: Tensor, blocks: list[str], c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_classifiers(name: str) -> None:
+def test_classifiers(name: str, device: torch.device) -> None:
     options, size, blocks = CLASSIFIERS[name]
     check(
         tv.get_model(name, weights=None, num_classes=10, **options),
@@ -54,6 +57,7 @@ def test_classifiers(name: str) -> None:
         torch.tensor([1, 7]),
         blocks,
         lists_logits,
+        device,
     )
 
 
@@ -67,10 +71,10 @@ def test_classifiers(name: str) -> None:
 )
 def test_segmentation(name: str, blocks: list[str]) -> None:
     model = tv.get_model(name, weights=None, weights_backbone=None, num_classes=4)
-    check(model, torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32)), blocks, segments)
+    check(model, torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32)), blocks, segments, torch.device("cpu"))
 
 
-def test_a_plain_sequence() -> None:
+def test_a_plain_sequence(device: torch.device) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2),
         nn.BatchNorm2d(8),
@@ -79,7 +83,7 @@ def test_a_plain_sequence() -> None:
         nn.Flatten(),
         nn.Linear(8 * 49, 10),
     )
-    check(model, torch.randn(4, 3, 16, 16), torch.arange(4), ["1", "3"], F.cross_entropy)
+    check(model, torch.randn(4, 3, 16, 16), torch.arange(4), ["1", "3"], F.cross_entropy, device)
 
 
 def test_the_last_block_is_known_or_not_guessed() -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import processes
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from reference.plain_alfa import plain_alfa
 from torch import Tensor, nn
@@ -53,32 +52,31 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.neck(self.block(self.stem(x)).mean(dim=(2, 3)))))
 
 
-def _net(batch_norm: bool) -> Net:
+def _net(batch_norm: bool, device: torch.device) -> Net:
     torch.manual_seed(0)
-    return Net(batch_norm).double().train()
+    return Net(batch_norm).double().to(device).train()
 
 
-def _share(rank: int, index: int) -> tuple[Tensor, Tensor]:
-    images, target = batch(6, 16)
+def _share(rank: int, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    images, target = batch(6, 16, device=device)
     mine = slice(4 * rank, 4 * rank + 4)
     return images[mine] + 0.1 * index, target[mine]
 
 
-def _rank(rank: int, world_size: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    torch.set_num_threads(1)
+def _rank(rank: int, world_size: int, folder: str, device: torch.device) -> None:
+    device = processes.join_group(rank, world_size, folder, device)
     found = []
     for batch_norm, batches, name in CASES:
-        model = _net(batch_norm)
+        model = _net(batch_norm, device)
         task = AlfaTask(model, nn.CrossEntropyLoss(), BLOCKS, alpha=ALPHA, verbose=False, **OPTIONS[name])
-        task.prepare_distributed()
+        task.prepare_distributed(None if device.type == "cpu" else [device])
         drawn = []
         for index in range(batches - 1):
             with task.no_sync():
-                result = task(*_share(rank, index))
+                result = task(*_share(rank, index, device))
                 (result["loss"] / batches).backward()
             drawn.append(list(result["loss_adv_by_block"]))
-        result = task(*_share(rank, batches - 1))
+        result = task(*_share(rank, batches - 1, device))
         (result["loss"] / batches).backward()
         drawn.append(list(result["loss_adv_by_block"]))
         gradients = {key: value.grad for key, value in model.named_parameters()}
@@ -91,10 +89,12 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 WORLD_SIZES = [2, 4]
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_ranks_have_the_averaged_gradients_of_the_reference(tmp_path: Path, world_size: int) -> None:
-    processes.call_ranks(_rank, (world_size, str(tmp_path)), world_size)
-    by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+@pytest.mark.ranks(*WORLD_SIZES)
+def test_ranks_have_the_averaged_gradients_of_the_reference(
+    tmp_path: Path, world_size: int, device: torch.device
+) -> None:
+    processes.call_ranks(_rank, (world_size, str(tmp_path), device), world_size, device)
+    by_rank = [torch.load(tmp_path / f"{rank}.pt", map_location=device) for rank in range(world_size)]
     for case, (batch_norm, batches, name) in enumerate(CASES):
         _, drawn, eta, _ = by_rank[0][case]
         count = OPTIONS[name].get("sample_blocks", len(BLOCKS))
@@ -103,13 +103,13 @@ def test_ranks_have_the_averaged_gradients_of_the_reference(tmp_path: Path, worl
         for rank in range(world_size):
             assert by_rank[rank][case][1] == drawn
             assert torch.equal(by_rank[rank][case][2], eta)
-            model = _net(batch_norm)
+            model = _net(batch_norm, device)
             for index in range(batches):
                 strengths = dict.fromkeys(BLOCKS, 1 / 3) if name == "L-ALFA" else None
                 plain = plain_alfa(
                     model,
                     F.cross_entropy,
-                    *_share(rank, index),
+                    *_share(rank, index, device),
                     drawn[index],
                     alpha=ALPHA,
                     strengths=strengths,

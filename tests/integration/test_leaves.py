@@ -13,12 +13,12 @@ from typing import Any
 import processes
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import lively, relative
 from reference.plain_alfa import plain_alfa
+from rng import rng_state, set_rng_state
 from torch import Tensor, nn
 from toys import InPlace, Shared, Small, UNet, batch, family
 
@@ -82,28 +82,36 @@ class Setting:
             leaf.grad = None
 
 
-def make(kind: type[nn.Module], criterion: str, in_front: str, labels: str, frozen: list[int], seed: int) -> Setting:
+def make(
+    kind: type[nn.Module],
+    criterion: str,
+    in_front: str,
+    labels: str,
+    frozen: list[int],
+    seed: int,
+    device: torch.device,
+) -> Setting:
     torch.manual_seed(seed)
-    model = lively(kind().double().train())
+    model = lively(kind().double().to(device).train())
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index not in frozen)
     leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
-    images, target = batch(8)
+    images, target = batch(8, device=device)
     stem: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
     if in_front == "stem":
-        stem = nn.Conv2d(3, 3, 3, padding=1).double()
+        stem = nn.Conv2d(3, 3, 3, padding=1).double().to(device)
         leaves |= {f"in front.{n}": p for n, p in stem.named_parameters()}
     elif in_front == "prompt":
-        prompt = torch.zeros(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+        prompt = torch.zeros(1, 3, 8, 8, dtype=torch.float64, device=device, requires_grad=True)
         stem, leaves["prompt"] = prompt.add, prompt
     elif in_front == "images":
         leaves["images"] = images.requires_grad_()
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy
     if criterion == "module":
-        loss = Proxies()
+        loss = Proxies().to(device)
         leaves |= {f"criterion.{n}": p for n, p in loss.named_parameters()}
     elif criterion == "closure":
-        weight = torch.ones(10, dtype=torch.float64, requires_grad=True)
+        weight = torch.ones(10, dtype=torch.float64, device=device, requires_grad=True)
         loss, leaves["weight"] = partial(weighted, weight), weight
     if labels != "hard":
         target = F.one_hot(target, 10).double() * 0.9 + 0.01
@@ -114,7 +122,7 @@ def make(kind: type[nn.Module], criterion: str, in_front: str, labels: str, froz
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_every_leaf_gets_what_plain_hooks_give_it(data: st.DataObject) -> None:
+def test_every_leaf_gets_what_plain_hooks_give_it(data: st.DataObject, device: torch.device) -> None:
     kind = data.draw(st.sampled_from(list(BLOCKS)), "model")
     blocks = data.draw(st.lists(st.sampled_from(BLOCKS[kind]), min_size=1, max_size=3, unique=True), "blocks")
     parts = {
@@ -123,6 +131,7 @@ def test_every_leaf_gets_what_plain_hooks_give_it(data: st.DataObject) -> None:
         "labels": data.draw(st.sampled_from(["hard", "soft", "learned"]), "labels"),
         "frozen": data.draw(st.lists(st.integers(0, 7), max_size=4, unique=True), "frozen"),
         "seed": data.draw(st.integers(0, 3), "seed"),
+        "device": device,
     }
     attack: dict[str, Any] = {
         "alpha": ALPHA,
@@ -136,16 +145,18 @@ def test_every_leaf_gets_what_plain_hooks_give_it(data: st.DataObject) -> None:
     hooked = data.draw(st.lists(st.sampled_from(sorted(by_task.leaves)), max_size=4, unique=True), "hooks")
     by_task.hook(hooked)
     by_wrapper.hook(hooked)
-    task = AlfaTask(by_task.model, by_task.criterion, blocks, lam=lam, reduction=reduction, verbose=False, **attack)
+    task = AlfaTask(
+        by_task.model, by_task.criterion, blocks, lam=lam, reduction=reduction, device=device, verbose=False, **attack
+    )
     wrapper = AlfaWrapper(by_wrapper.model, by_wrapper.criterion, blocks, **attack)
     loss_fn = AlfaLoss(by_wrapper.criterion, lam, reduction=reduction)
     for _ in range(2):  # the first step looks for what bypasses the blocks
         by_task.clear(), by_wrapper.clear()
-        state = torch.get_rng_state()
+        state = rng_state(device)
         task(by_task.stem(by_task.images), by_task.target)["loss"].backward()
-        torch.set_rng_state(state)
+        set_rng_state(state, device)
         loss_fn(wrapper(by_wrapper.stem(by_wrapper.images), by_wrapper.target), by_wrapper.target).loss.backward()
-        torch.set_rng_state(state)
+        set_rng_state(state, device)
         expected = plain_alfa(
             by_hooks.model,
             by_hooks.criterion,
@@ -168,18 +179,18 @@ def test_every_leaf_gets_what_plain_hooks_give_it(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_noise_reaches_every_leaf_too(lam: float) -> None:
-    by_task, by_wrapper = (make(UNet, "module", "stem", "learned", [], 0) for _ in range(2))
-    task = NoiseTask(by_task.model, by_task.criterion, "middle", sigma=0.1, lam=lam, verbose=False)
+def test_noise_reaches_every_leaf_too(lam: float, device: torch.device) -> None:
+    by_task, by_wrapper = (make(UNet, "module", "stem", "learned", [], 0, device) for _ in range(2))
+    task = NoiseTask(by_task.model, by_task.criterion, "middle", sigma=0.1, lam=lam, device=device, verbose=False)
     wrapper = AlfaWrapper(by_wrapper.model, by_wrapper.criterion, "middle", perturbation=Gaussian(0.1))
     loss_fn = AlfaLoss(by_wrapper.criterion, lam)
     by_task.hook(list(by_task.leaves))
     by_wrapper.hook(list(by_wrapper.leaves))
     for _ in range(2):
         by_task.clear(), by_wrapper.clear()
-        state = torch.get_rng_state()
+        state = rng_state(device)
         task(by_task.stem(by_task.images), by_task.target)["loss"].backward()
-        torch.set_rng_state(state)
+        set_rng_state(state, device)
         loss_fn(wrapper(by_wrapper.stem(by_wrapper.images), by_wrapper.target), by_wrapper.target).loss.backward()
         assert sorted(by_task.calls) == sorted(by_wrapper.calls)
         assert len(by_task.calls) == 2 * len(by_task.leaves)
@@ -187,7 +198,7 @@ def test_noise_reaches_every_leaf_too(lam: float) -> None:
             torch.testing.assert_close(leaf.grad, by_wrapper.leaves[name].grad, rtol=1e-9, atol=1e-12)
 
 
-def test_hooks_are_back_after_an_error() -> None:
+def test_hooks_are_back_after_an_error(device: torch.device) -> None:
     class Breaks(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -197,7 +208,7 @@ def test_hooks_are_back_after_an_error() -> None:
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
             raise ArithmeticError
 
-    setting = make(Small, "plain", "nothing", "hard", [], 0)
+    setting = make(Small, "plain", "nothing", "hard", [], 0, device)
     setting.hook(list(setting.leaves))
     task = AlfaTask(
         setting.model, lambda output, target: F.cross_entropy(Breaks.apply(output), target), "block", verbose=False
@@ -208,8 +219,8 @@ def test_hooks_are_back_after_an_error() -> None:
     assert sorted(call for call in setting.calls if not call.startswith("after")) == sorted(setting.leaves)
 
 
-def test_a_hook_that_is_removed_in_between_is_gone() -> None:
-    setting = make(Small, "plain", "nothing", "hard", [], 0)
+def test_a_hook_that_is_removed_in_between_is_gone(device: torch.device) -> None:
+    setting = make(Small, "plain", "nothing", "hard", [], 0, device)
     calls: list[Tensor] = []
     handle = setting.model.head.weight.register_hook(calls.append)
     task = AlfaTask(setting.model, setting.criterion, "block", verbose=False)
@@ -230,7 +241,7 @@ def test_sparse_gradients_of_a_criterion() -> None:
 
     found = []
     for kind in ("task", "wrapper"):
-        setting = make(Small, "plain", "nothing", "hard", [], 0)
+        setting = make(Small, "plain", "nothing", "hard", [], 0, processes.CPU)
         centers = Centers()
         centers.load_state_dict({"centers.weight": torch.arange(100, dtype=torch.float64).reshape(10, 10) / 50})
         if kind == "task":
@@ -245,8 +256,8 @@ def test_sparse_gradients_of_a_criterion() -> None:
     torch.testing.assert_close(found[0].to_dense(), found[1].to_dense(), rtol=1e-9, atol=1e-14)
 
 
-def test_gradients_retained_on_what_goes_in() -> None:
-    setting = make(UNet, "plain", "stem", "hard", [], 0)
+def test_gradients_retained_on_what_goes_in(device: torch.device) -> None:
+    setting = make(UNet, "plain", "stem", "hard", [], 0, device)
     setting.model.drop.p = 0.0
     task = AlfaTask(setting.model, setting.criterion, "middle", alpha=ALPHA, norm="l2", verbose=False)
     wrapper = AlfaWrapper(copy.deepcopy(setting.model), setting.criterion, "middle", alpha=ALPHA, norm="l2")
@@ -259,22 +270,22 @@ def test_gradients_retained_on_what_goes_in() -> None:
         torch.testing.assert_close(images.grad, others.grad, rtol=1e-9, atol=1e-14)
 
 
-def test_a_loss_on_the_output_is_refused_not_ignored() -> None:
-    setting = make(Small, "plain", "nothing", "hard", [], 0)
+def test_a_loss_on_the_output_is_refused_not_ignored(device: torch.device) -> None:
+    setting = make(Small, "plain", "nothing", "hard", [], 0, device)
     result = AlfaTask(setting.model, setting.criterion, "block", verbose=False)(setting.images, setting.target)
     with pytest.raises(RuntimeError, match=r"output of an AlfaTask is freed.*AlfaWrapper"):
         (result["loss"] + result["output"].mean()).backward()
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
-def test_a_family_with_a_stem_and_proxies(name: str) -> None:
+def test_a_family_with_a_stem_and_proxies(name: str, device: torch.device) -> None:
     found = []
     blocks = ["layer2", "layer4"] if name == "resnet" else ["blocks.0", "blocks.2"]
     for kind in ("task", "wrapper"):
-        model, images, target = family(name)
+        model, images, target = family(name, device=device)
         lively(model)
         torch.manual_seed(5)
-        stem, criterion = nn.Conv2d(3, 3, 1).double(), Proxies()
+        stem, criterion = nn.Conv2d(3, 3, 1).double().to(device), Proxies().to(device)
         parameters = [*model.parameters(), *stem.parameters(), *criterion.parameters()]
         for parameter in parameters:
             parameter.register_hook(lambda gradient: gradient / 2)
@@ -282,7 +293,7 @@ def test_a_family_with_a_stem_and_proxies(name: str) -> None:
             for parameter in parameters:
                 parameter.grad = None
             if kind == "task":
-                task = AlfaTask(model, criterion, blocks, norm="l2", verbose=False)
+                task = AlfaTask(model, criterion, blocks, norm="l2", device=device, verbose=False)
                 loss = task(stem(images), target)["loss"]
             else:
                 loss = AlfaLoss(criterion)(
@@ -294,17 +305,17 @@ def test_a_family_with_a_stem_and_proxies(name: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-12)
 
 
-def _rank(rank: int, folder: str, log: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank: int, world_size: int, folder: str, log: str, device: torch.device) -> None:
+    device = processes.join_group(rank, world_size, folder, device)
     logging.basicConfig(filename=f"{log}-{rank}.txt", format="%(message)s", force=True)
     mine = slice(4 * rank, 4 * rank + 4)
     found = {}
     for criterion in ("module", "closure"):
-        setting = make(Small, criterion, "stem", "hard", [], 0)
+        setting = make(Small, criterion, "stem", "hard", [], 0, device)
         setting.model.drop.p = 0.0
-        images, target = batch(8, 8)
-        task = AlfaTask(setting.model, setting.criterion, "block", alpha=ALPHA, norm="l2", verbose=False)
-        task.prepare_distributed()
+        images, target = batch(8, 4 * world_size, device=device)
+        task = AlfaTask(setting.model, setting.criterion, "block", alpha=ALPHA, norm="l2", device=device, verbose=False)
+        task.prepare_distributed(None if device.type == "cpu" else [device])
         for _ in range(2):
             setting.clear()
             task(setting.stem(images[mine]), target[mine])["loss"].backward()
@@ -315,14 +326,17 @@ def _rank(rank: int, folder: str, log: str) -> None:
     leave_group()
 
 
-def test_ranks_average_the_gradients_of_a_criterion_and_say_what_they_do_not(tmp_path: Path) -> None:
-    processes.call_ranks(_rank, (str(tmp_path), str(tmp_path / "log")), 2)
-    by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    images, target = batch(8, 8)
+@pytest.mark.ranks(2)
+def test_ranks_average_the_gradients_of_a_criterion_and_say_what_they_do_not(
+    tmp_path: Path, world_size: int, device: torch.device
+) -> None:
+    processes.call_ranks(_rank, (world_size, str(tmp_path), str(tmp_path / "log"), device), world_size, device)
+    by_rank = [torch.load(tmp_path / f"{rank}.pt", map_location=device) for rank in range(world_size)]
+    images, target = batch(8, 4 * world_size, device=device)
     for criterion in ("module", "closure"):
         expected = []
-        for rank in range(2):
-            setting = make(Small, criterion, "stem", "hard", [], 0)
+        for rank in range(world_size):
+            setting = make(Small, criterion, "stem", "hard", [], 0, device)
             setting.model.drop.p = 0.0
             wrapper = AlfaWrapper(setting.model, setting.criterion, "block", alpha=ALPHA, norm="l2")
             mine = slice(4 * rank, 4 * rank + 4)
@@ -330,12 +344,12 @@ def test_ranks_average_the_gradients_of_a_criterion_and_say_what_they_do_not(tmp
             loss_fn(wrapper(setting.stem(images[mine]), target[mine]), target[mine]).loss.backward()
             expected.append({name: leaf.grad for name, leaf in setting.leaves.items()})
         for name in expected[0]:
-            mean = (expected[0][name] + expected[1][name]) / 2
+            mean = torch.stack([one[name] for one in expected]).mean(0)
             averaged = name.startswith(("model.", "criterion."))
-            for rank in range(2):
+            for rank in range(world_size):
                 whole = mean if averaged else expected[rank][name]
                 torch.testing.assert_close(by_rank[rank][criterion][name], whole, rtol=1e-9, atol=1e-13)
-    for rank in range(2):
+    for rank in range(world_size):
         lines = (tmp_path / f"log-{rank}.txt").read_text().splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("the loss depends on 1 tensors outside of the model and the criterion's modules (of")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from parity import gradient_errors, relative
 from reference.plain_alfa import plain_alfa
+from rng import rng_state, set_rng_state
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
@@ -47,20 +48,21 @@ MODELS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
 VIT, RESNET = MODELS
 
 
-def small(architecture: str, **options: Any) -> nn.Module:
+def small(architecture: str, device: torch.device | str = "cpu", **options: Any) -> nn.Module:
     """In training mode."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(architecture, num_classes=CLASSES, **MODELS[architecture][0], **options)
-    return model.train()
+    return model.to(device).train()
 
 
-def batches(count: int, size: int) -> list[tuple[Tensor, Tensor]]:
+def batches(count: int, size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Batches of eight images: [8, 3, size, size], [8]."""
     generator = torch.Generator().manual_seed(1)
-    return [
+    drawn = [
         (torch.randn(8, 3, size, size, generator=generator), torch.randint(CLASSES, (8,), generator=generator))
         for _ in range(count)
     ]
+    return [(images.to(device), target.to(device)) for images, target in drawn]
 
 
 def options_of(flags: str) -> argparse.Namespace:
@@ -111,9 +113,9 @@ def train_with_the_task(
     precision: Precision,
 ) -> AlfaTask:
     """The training command's own loop."""
-    cpu = torch.device("cpu")
-    model = place_model(args, model, cpu, None)
-    task = AlfaTask(model, create_criterion(args), blocks, alpha=ALPHA, steps=2, verbose=False)
+    device = data[0][0].device
+    model = place_model(args, model, device, None)
+    task = AlfaTask(model, create_criterion(args), blocks, alpha=ALPHA, steps=2, device=device, verbose=False)
     task.setup_ema(decay=0.5)
     mixup: Mixup | None = create_mixup(args)[1]
     loader = [(images.clone(), target) for images, target in data]  # Mixup writes into its images
@@ -121,24 +123,25 @@ def train_with_the_task(
         with precision.autocast():
             precision.scaler._scaler.scale(task(*data[0])["loss"]).backward()
     seed()
-    train_one_epoch(Training(args, task, loader, optimizer_of(model), cpu, precision, batch_size=8, mixup=mixup), 0)
+    train_one_epoch(Training(args, task, loader, optimizer_of(model), device, precision, batch_size=8, mixup=mixup), 0)
     return task
 
 
 def compare(
+    device: torch.device,
     flags: str,
     architecture: str = VIT,
     tolerance: float = EXACT,
-    precision: Callable[[], Precision] = lambda: Precision(None, nullcontext, None),
+    precision: Callable[[torch.device], Precision] = lambda _: Precision(None, nullcontext, None),
     prepare: Callable[[nn.Module], Any] = lambda model: None,
     **options: Any,
 ) -> None:
     _, size, blocks = MODELS[architecture]
-    args, data = options_of(flags), batches(3, size)
-    start, plain, model = (small(architecture, **options) for _ in range(3))
+    args, data = options_of(flags), batches(3, size, device)
+    start, plain, model = (small(architecture, device, **options) for _ in range(3))
     average = train_plainly(plain, args, data, blocks)
     prepare(model)
-    task = train_with_the_task(model, args, data, blocks, precision())
+    task = train_with_the_task(model, args, data, blocks, precision(device))
 
     def way(end: nn.Module) -> Tensor:
         pairs = zip(start.parameters(), end.parameters(), strict=True)
@@ -153,14 +156,14 @@ def checkpoint_gradients(model: nn.Module) -> None:
     model.set_grad_checkpointing(True)
 
 
-def float16_with_a_loss_scaler() -> Precision:
-    scaler = NativeScaler(device="cpu")
-    scaler._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    return Precision(None, partial(torch.autocast, "cpu", torch.float16), scaler)
+def float16_with_a_loss_scaler(device: torch.device) -> Precision:
+    scaler = NativeScaler(device=device.type)
+    scaler._scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
+    return Precision(None, partial(torch.autocast, device.type, torch.float16), scaler)
 
 
-def bfloat16() -> Precision:
-    return Precision(None, partial(torch.autocast, "cpu", torch.bfloat16), None)
+def bfloat16(device: torch.device) -> Precision:
+    return Precision(None, partial(torch.autocast, device.type, torch.bfloat16), None)
 
 
 FLAGS = (
@@ -206,8 +209,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_mode(mode: str) -> None:
-    compare(**MODES[mode])
+def test_mode(mode: str, device: torch.device) -> None:
+    compare(device, **MODES[mode])
 
 
 def test_synchronised_batch_norm_is_refused_on_the_cpu() -> None:
@@ -218,14 +221,14 @@ def test_synchronised_batch_norm_is_refused_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("how", ["wrapper", "task"])
-def test_several_labels_per_image(how: str) -> None:
+def test_several_labels_per_image(how: str, device: torch.device) -> None:
     torch.manual_seed(0)
-    model, criterion = Small().double().train(), nn.BCEWithLogitsLoss()
-    images, _ = batch(8)
-    target = (torch.rand(len(images), 10) < 0.3).double()
-    state = torch.get_rng_state()
+    model, criterion = Small().double().to(device).train(), nn.BCEWithLogitsLoss()
+    images, _ = batch(8, device=device)
+    target = (torch.rand(len(images), 10) < 0.3).double().to(device)
+    state = rng_state(device)
     expected = plain_alfa(model, criterion, images, target, ["block"], alpha=ALPHA, steps=2)
-    torch.set_rng_state(state)
+    set_rng_state(state, device)
     if how == "wrapper":
         alfa = AlfaWrapper(model, criterion, "block", alpha=ALPHA, steps=2)
         loss = AlfaLoss(criterion)(alfa(images, target), target).loss
@@ -236,7 +239,7 @@ def test_several_labels_per_image(how: str) -> None:
     assert max(gradient_errors(model, expected.gradients).values()) < 1e-9
 
 
-def zeros_in_delta(dtype: torch.dtype | None, how: str, steps: int) -> float:
+def zeros_in_delta(dtype: torch.dtype | None, how: str, steps: int, device: torch.device) -> float:
     """Share of the entries that one step of training leaves unperturbed."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -246,14 +249,15 @@ def zeros_in_delta(dtype: torch.dtype | None, how: str, steps: int) -> float:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(32, 10),
-    ).train()
-    images, target = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    )
+    model.to(device).train()
+    images, target = torch.randn(16, 3, 32, 32).to(device), torch.randint(10, (16,)).to(device)
 
     def criterion(output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output, target) * 1e-2
 
     alfa = AlfaWrapper(model, criterion, "1", steps=steps)
-    with torch.autocast("cpu", dtype or torch.float16, enabled=dtype is not None):
+    with torch.autocast(device.type, dtype or torch.float16, enabled=dtype is not None):
         if how == "wrapper":
             delta = alfa(images, target).deltas["1"]
         else:
@@ -266,5 +270,5 @@ def zeros_in_delta(dtype: torch.dtype | None, how: str, steps: int) -> float:
 @pytest.mark.parametrize("how", ["wrapper", "task"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_no_sign_is_lost_to_underflow(dtype: torch.dtype, steps: int, how: str) -> None:
-    assert zeros_in_delta(dtype, how, steps) < zeros_in_delta(None, how, steps) + 0.01
+def test_no_sign_is_lost_to_underflow(dtype: torch.dtype, steps: int, how: str, device: torch.device) -> None:
+    assert zeros_in_delta(dtype, how, steps, device) < zeros_in_delta(None, how, steps, device) + 0.01

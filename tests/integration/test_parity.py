@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from parity import gradient_errors, relative
 from reference.plain_alfa import PlainResult, feature_of, plain_alfa
+from rng import rng_state, set_rng_state
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from toys import FAMILIES, Dependent, InPlace, Nested, Shared, UNet, batch, family
@@ -53,17 +54,18 @@ def check(
     alfa = AlfaWrapper(model, criterion, blocks, **options)
     loss_fn = AlfaLoss(criterion, lam=lam, reduction=reduction)
     plain_options = {key: value for key, value in options.items() if key != "init"}
+    device = images.device
     for turn in range(rounds):
-        state = torch.get_rng_state()
+        state = rng_state(device)
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         expected = plain_alfa(
             model, criterion, images, target, blocks, lam=lam, reduction=reduction, start=start, **plain_options
         )
-        end = torch.get_rng_state()
+        end = rng_state(device)
         after = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.load_state_dict(before, strict=False)
 
-        torch.set_rng_state(state)
+        set_rng_state(state, device)
         model.zero_grad()
         output = alfa(images, target)
         result = loss_fn(output, target)
@@ -76,7 +78,7 @@ def check(
             assert relative(result.adversarial[block], expected.adversarial[block]) < TOLERANCE
         _assert_deltas(output.deltas, expected.deltas, blocks)
         _assert_gradients(model, expected.gradients)
-        assert torch.equal(torch.get_rng_state(), end), f"round {turn}: random numbers went missing"
+        assert torch.equal(rng_state(device), end), f"round {turn}: random numbers went missing"
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, after[name]), name
     return expected
@@ -86,8 +88,8 @@ def check(
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str, count: int, steps: int, grad: str) -> None:
-    model, images, target = family(name)
+def test_families(name: str, count: int, steps: int, grad: str, device: torch.device) -> None:
+    model, images, target = family(name, device=device)
     expected = check(model, images, target, [*FAMILIES[name][3:]][:count], steps=steps, grad=grad, rounds=2)
     # The adversarial loss has to differ from the clean one by more than the tolerance, or nothing was compared.
     for loss in expected.adversarial.values():
@@ -96,8 +98,8 @@ def test_families(name: str, count: int, steps: int, grad: str) -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("eps", [None, 1.5 / 255])
-def test_norms_and_bounds(norm: str, eps: float | None) -> None:
-    model, images, target = family("resnet")
+def test_norms_and_bounds(norm: str, eps: float | None, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     expected = check(model, images, target, ["layer3", "layer4"], steps=3, norm=norm, eps=eps)
     if eps is not None:  # three steps of 1/255 leave the ball, so that the bound is at work
         flat = torch.cat([part.flatten(1) for part in expected.deltas["layer4"]], 1)
@@ -106,24 +108,25 @@ def test_norms_and_bounds(norm: str, eps: float | None) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_uniform_start(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images, target = family("resnet")
+def test_uniform_start(norm: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     eps, blocks = 2 / 255, ["layer4", "layer3"]
-    state = torch.get_rng_state()
+    state = rng_state(device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     start = {
-        block: pgd.uniform(feature_of(model, images, block), eps, torch.Generator().manual_seed(5)) for block in blocks
+        block: pgd.uniform(feature_of(model, images, block), eps, torch.Generator(device).manual_seed(5))
+        for block in blocks
     }
     model.load_state_dict(buffers, strict=False)
-    torch.set_rng_state(state)
+    set_rng_state(state, device)
     shapes = {parts[0].shape: parts for parts in start.values()}
     monkeypatch.setattr(pgd, "uniform", lambda features, eps, generator: list(shapes[features[0].shape]))
     check(model, images, target, blocks, steps=2, norm=norm, eps=eps, init="uniform", start=start)
 
 
 @pytest.mark.parametrize(("lam", "reduction"), [(0.4, "sum"), (1.0, "mean"), (2.5, "mean")])
-def test_weights_of_the_terms(lam: float, reduction: str) -> None:
-    model, images, target = family("vit")
+def test_weights_of_the_terms(lam: float, reduction: str, device: torch.device) -> None:
+    model, images, target = family("vit", device=device)
     check(model, images, target, ["blocks.1", "blocks.2"], lam=lam, reduction=reduction)
 
 
@@ -131,20 +134,20 @@ def test_weights_of_the_terms(lam: float, reduction: str) -> None:
 @pytest.mark.parametrize(
     "block", ["layer2.0.bn2", "layer1.0.bn1", "layer1.0.conv1", "layer2.0.downsample", "layer2.0.act1", "bn1"]
 )
-def test_blocks_inside_residual_blocks(block: str, grad: str) -> None:
-    model, images, target = family("resnet")
+def test_blocks_inside_residual_blocks(block: str, grad: str, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     check(model, images, target, [block], steps=3, grad=grad, rounds=3)
 
 
-def test_several_blocks_inside_residual_blocks() -> None:
-    model, images, target = family("resnet")
+def test_several_blocks_inside_residual_blocks(device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     check(model, images, target, ["layer3.0.downsample", "layer2.0.bn2", "layer1.0.bn1"], steps=2, rounds=3)
 
 
 @pytest.mark.parametrize("frozen", ["layer3", "layer4"])
 @pytest.mark.parametrize("grad", ["full", "tail"])
-def test_frozen_prefix(frozen: str, grad: str) -> None:
-    model, images, target = family("resnet")
+def test_frozen_prefix(frozen: str, grad: str, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     for name, child in model.named_children():
         child.requires_grad_(False)
         if name == frozen:
@@ -152,16 +155,16 @@ def test_frozen_prefix(frozen: str, grad: str) -> None:
     check(model, images, target, ["layer3", "layer4"], steps=3, grad=grad, rounds=2)
 
 
-def test_frozen_tail() -> None:
-    model, images, target = family("vit")
+def test_frozen_tail(device: torch.device) -> None:
+    model, images, target = family("vit", device=device)
     model.blocks[2].requires_grad_(False)
     model.head.requires_grad_(False)
     check(model, images, target, ["blocks.1"], steps=2)
 
 
 @pytest.mark.parametrize("blocks", [["layer3", "layer3.0"], ["layer3.0", "layer3"], ["layer4", "layer1", "layer3"]])
-def test_nested_blocks_and_any_order(blocks: list[str]) -> None:
-    model, images, target = family("resnet")
+def test_nested_blocks_and_any_order(blocks: list[str], device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     check(model, images, target, blocks, steps=3, rounds=2)
 
 
@@ -179,34 +182,34 @@ def test_nested_blocks_and_any_order(blocks: list[str]) -> None:
         (Dependent, ["chain"]),
     ],
 )
-def test_awkward_models(toy: type[nn.Module], blocks: list[str], grad: str) -> None:
+def test_awkward_models(toy: type[nn.Module], blocks: list[str], grad: str, device: torch.device) -> None:
     torch.manual_seed(3)
-    images, target = batch(12)
+    images, target = batch(12, device=device)
     # the sequence's last child returns the very tensor that the sequence returns: both at once are two blocks
-    check(toy().double().train(), images, target, blocks, steps=3, grad=grad, rounds=3)
+    check(toy().double().to(device).train(), images, target, blocks, steps=3, grad=grad, rounds=3)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("grad", ["full", "tail"])
-def test_nested_outputs(norm: str, grad: str) -> None:
-    images, target = batch(12)
-    model = Nested().double().train()
+def test_nested_outputs(norm: str, grad: str, device: torch.device) -> None:
+    images, target = batch(12, device=device)
+    model = Nested().double().to(device).train()
     check(model, images, target, ["branches"], criterion=Nested.criterion, steps=3, norm=norm, grad=grad, eps=0.01)
     deltas = AlfaWrapper(model, Nested.criterion, "branches")(images, target).deltas["branches"]
     assert [tuple(part.shape) for part in deltas["maps"]] == [(4, 4, 6, 6), (4, 5)]
 
 
-def test_learned_strengths() -> None:
-    model, images, target = family("convnext")
+def test_learned_strengths(device: torch.device) -> None:
+    model, images, target = family("convnext", device=device)
     blocks = ["stages.3", "stages.1", "stages.2"]
     alfa = AlfaWrapper(model, F.cross_entropy, blocks, alpha=ALPHA, steps=2, learnable=True)
     values = [0.2, 0.9, -0.1]
     with torch.no_grad():
         alfa.eta.values.copy_(torch.tensor(values, dtype=torch.float64))
-    state = torch.get_rng_state()
+    state = rng_state(device)
 
     def plain(strengths: list[float]) -> PlainResult:
-        torch.set_rng_state(state)
+        set_rng_state(state, device)
         return plain_alfa(
             model,
             F.cross_entropy,
@@ -219,7 +222,7 @@ def test_learned_strengths() -> None:
         )
 
     expected = plain(values)
-    torch.set_rng_state(state)
+    set_rng_state(state, device)
     output = alfa(images, target)
     result = AlfaLoss(F.cross_entropy, gamma=0.5)(output, target)
     result.loss.backward()

@@ -31,8 +31,8 @@ BLOCKS = ["stem", "block"]
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("value", BAD)
-def test_a_step_along_a_bad_gradient_is_finite(norm: Any, value: float) -> None:
-    gradients = [torch.randn(3, 4), torch.randn(3, 2, 2)]
+def test_a_step_along_a_bad_gradient_is_finite(norm: Any, value: float, device: torch.device) -> None:
+    gradients = [torch.randn(3, 4, device=device), torch.randn(3, 2, 2, device=device)]
     expected = pgd_step(None, gradients, alpha=0.5, norm=norm, eps=0.3)
     gradients[1][1, 0, 1] = value
     found = pgd_step(None, gradients, alpha=0.5, norm=norm, eps=0.3)
@@ -44,8 +44,9 @@ def test_a_step_along_a_bad_gradient_is_finite(norm: Any, value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_is_finite(dtype: torch.dtype) -> None:
-    parts = [torch.full((40, 30), torch.finfo(torch.float16).max, dtype=dtype), torch.zeros(3, dtype=dtype)]
+def test_is_finite(dtype: torch.dtype, device: torch.device) -> None:
+    largest = torch.finfo(torch.float16).max
+    parts = [torch.full((40, 30), largest, dtype=dtype, device=device), torch.zeros(3, dtype=dtype, device=device)]
     assert is_finite(parts)
     for value in BAD:
         parts[1][1] = value
@@ -91,16 +92,17 @@ class Faulty(nn.Module):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("value", BAD)
-def test_perturbations_that_are_not_finite_are_never_added(norm: Any, value: float) -> None:
+def test_perturbations_that_are_not_finite_are_never_added(norm: Any, value: float, device: torch.device) -> None:
     """In a loop of one's own: nothing raises, and nothing bad is added."""
-    model = Faulty(dict.fromkeys(range(9), "gradient"), value)
+    model = Faulty(dict.fromkeys(range(9), "gradient"), value).to(device)
     alfa = AlfaWrapper(model, nn.CrossEntropyLoss(), ["block"], norm=norm, steps=3)
-    images, target = batch(8, dtype=torch.float32)
+    images, target = batch(8, dtype=torch.float32, device=device)
     result = alfa(images, target)
     assert result.deltas["block"].isfinite().all()
     assert result.adv_outputs["block"].isfinite().all()
     model.calls = 0
-    task = AlfaTask(Faulty(dict.fromkeys(range(9), "gradient"), value), None, ["block"], norm=norm, verbose=False)
+    other = Faulty(dict.fromkeys(range(9), "gradient"), value).to(device)
+    task = AlfaTask(other, None, ["block"], norm=norm, device=device, verbose=False)
     step = task(images, target)
     assert step["loss"].isfinite()
     assert {name for name, fine in step["finite"].items() if not fine} == {"perturbation of block"}
@@ -118,7 +120,7 @@ def _training(task: ClassificationTask, batches: list[Any], flags: str = "", **c
         task=task,
         loader=batches,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        device=torch.device("cpu"),
+        device=next(model.parameters()).device,
         precision=Precision(None, torch.enable_grad, None),
         batch_size=4.0,
     )
@@ -147,11 +149,11 @@ FAULTS: list[tuple[Callable[[nn.Module], ClassificationTask], str, str]] = [
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize(("build", "fault", "named"), FAULTS)
 def test_a_run_stops_before_the_weights_take_the_step(
-    build: Callable[[nn.Module], ClassificationTask], fault: str, named: str, value: float
+    build: Callable[[nn.Module], ClassificationTask], fault: str, named: str, value: float, device: torch.device
 ) -> None:
     calls_per_step = 1 if build is _plain else 2  # ALFA's tail is a second call
-    model = Faulty({2 * calls_per_step: fault}, value)
-    run = _training(build(model), [batch(8, dtype=torch.float32)] * 5)
+    model = Faulty({2 * calls_per_step: fault}, value).to(device)
+    run = _training(build(model), [batch(8, dtype=torch.float32, device=device)] * 5)
     states = []
     run.optimizer.register_step_post_hook(lambda *_: states.append(_state(model)))
     with pytest.raises(NonFiniteError) as caught:
@@ -162,15 +164,15 @@ def test_a_run_stops_before_the_weights_take_the_step(
     assert all(map(torch.equal, states[-1], _state(model)))
 
 
-def test_an_adversarial_loss_is_named_with_its_block() -> None:
-    model = Faulty({1: "loss"})  # the replay of the block's tail
+def test_an_adversarial_loss_is_named_with_its_block(device: torch.device) -> None:
+    model = Faulty({1: "loss"}).to(device)  # the replay of the block's tail
     with pytest.raises(NonFiniteError, match="rank 0: loss, adversarial loss of block"):
-        train_one_epoch(_training(_alfa(model), [batch(8, dtype=torch.float32)]), 0)
+        train_one_epoch(_training(_alfa(model), [batch(8, dtype=torch.float32, device=device)]), 0)
 
 
-def test_a_bad_batch_of_an_accumulated_update_stops_that_update() -> None:
-    model = Faulty({2: "loss"})
-    run = _training(_plain(model), [batch(8, dtype=torch.float32)] * 6, "--grad-accum-steps 2")
+def test_a_bad_batch_of_an_accumulated_update_stops_that_update(device: torch.device) -> None:
+    model = Faulty({2: "loss"}).to(device)
+    run = _training(_plain(model), [batch(8, dtype=torch.float32, device=device)] * 6, "--grad-accum-steps 2")
     steps = []
     run.optimizer.register_step_post_hook(lambda *_: steps.append(0))
     with pytest.raises(NonFiniteError, match="epoch 0, step 1: not finite on rank 0: loss"):
@@ -178,35 +180,36 @@ def test_a_bad_batch_of_an_accumulated_update_stops_that_update() -> None:
     assert len(steps) == 1
 
 
-def test_overflows_of_scaled_gradients_are_left_to_the_loss_scaler() -> None:
+def test_overflows_of_scaled_gradients_are_left_to_the_loss_scaler(device: torch.device) -> None:
     """float16 losses are scaled, and a gradient that then overflows is an everyday matter."""
-    task = AlfaTask(Faulty({0: "gradient"}, float("inf")), nn.CrossEntropyLoss(), BLOCKS, verbose=False)
-    images, target = batch(8, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.float16):
+    task = AlfaTask(Faulty({0: "gradient"}, float("inf")).to(device), nn.CrossEntropyLoss(), BLOCKS, verbose=False)
+    images, target = batch(8, dtype=torch.float32, device=device)
+    with torch.autocast(device.type, dtype=torch.float16):
         step = task(images, target)
     assert all(step["finite"].values())
     assert step["loss"].isfinite()
     assert not any(name.startswith("perturbation") for name in step["finite"])
 
 
-def test_weights_that_are_not_finite_are_not_saved() -> None:
+def test_weights_that_are_not_finite_are_not_saved(device: torch.device) -> None:
     args = parse_args([])
     args.distributed = False
-    model = Small()
-    check_weights(args, model, torch.device("cpu"), 3)
+    model = Small().to(device)
+    check_weights(args, model, device, 3)
     with torch.no_grad():
         model.head.bias[4] = float("inf")
     with pytest.raises(NonFiniteError, match=r"epoch 3, after its last step: not finite on rank 0: head\.bias"):
-        check_weights(args, model, torch.device("cpu"), 3)
+        check_weights(args, model, device, 3)
 
 
 def test_the_command_ends_in_one_line_with_code_1_and_keeps_the_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], device: torch.device
 ) -> None:
     images = make_image_folder(tmp_path / "images")
     command = (
         f"--data-dir {images} --model test_resnet --img-size 32 --num-classes 3 -b 8 --workers 0 --warmup-epochs 0 "
-        f"--epochs 3 --output {tmp_path} --experiment run --resume auto --alfa-blocks layer4 --sched none"
+        f"--device {device} --epochs 3 --output {tmp_path} --experiment run --resume auto --alfa-blocks layer4 "
+        "--sched none"
     )
     main([*command.split(), "--stop-epoch", "1"])
     before = (tmp_path / "run" / "last.pth.tar").read_bytes()

@@ -43,10 +43,9 @@ def test_simplex_agrees_with_sorting(values: list[float]) -> None:
         ([0.0, 0.6, 0.9], [0.0, 0.35, 0.65]),
     ],
 )
-def test_simplex_by_hand(values: list[float], expected: list[float]) -> None:
-    torch.testing.assert_close(
-        project_simplex(torch.tensor(values, dtype=torch.float64)), torch.tensor(expected, dtype=torch.float64)
-    )
+def test_simplex_by_hand(values: list[float], expected: list[float], device: torch.device) -> None:
+    found = project_simplex(torch.tensor(values, dtype=torch.float64, device=device))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64, device=device))
 
 
 @given(VECTORS)
@@ -90,12 +89,12 @@ def test_start_values() -> None:
 
 
 @pytest.mark.parametrize("eta_set", PROJECTIONS)
-def test_steps_are_those_of_torch_sgd_and_a_projection(eta_set: str) -> None:
-    eta = Eta(["a", "b", "c"], learnable=True, eta_set=eta_set, lr=0.3, momentum=0.8)  # type: ignore[arg-type]
-    parameter = torch.nn.Parameter(torch.full((3,), 1 / 3, dtype=torch.float64))
+def test_steps_are_those_of_torch_sgd_and_a_projection(eta_set: str, device: torch.device) -> None:
+    eta = Eta(["a", "b", "c"], learnable=True, eta_set=eta_set, lr=0.3, momentum=0.8).to(device)  # type: ignore[arg-type]
+    parameter = torch.nn.Parameter(torch.full((3,), 1 / 3, dtype=torch.float64, device=device))
     optimizer = torch.optim.SGD([parameter], lr=0.3, momentum=0.8)
     for _ in range(5):
-        gradient = torch.randn(3)
+        gradient = torch.randn(3, device=device)
         eta.step(gradient)
         parameter.grad = gradient.double()
         optimizer.step()
@@ -127,16 +126,16 @@ def test_gamma_moves_nothing_on_the_simplex() -> None:
     torch.testing.assert_close(eta.values.detach(), before)
 
 
-def test_state_survives_saving_with_weights_only() -> None:
-    eta = Eta(["layer3", "layer4"], learnable=True)
+def test_state_survives_saving_with_weights_only(device: torch.device) -> None:
+    eta = Eta(["layer3", "layer4"], learnable=True).to(device)
     for _ in range(3):
-        eta.step(torch.randn(2))
+        eta.step(torch.randn(2, device=device))
     buffer = io.BytesIO()
     torch.save(eta.state_dict(), buffer)
     buffer.seek(0)
-    other = Eta(["layer3", "layer4"], learnable=True)
+    other = Eta(["layer3", "layer4"], learnable=True).to(device)
     other.load_state_dict(torch.load(buffer, weights_only=True))
-    gradient = torch.randn(2)
+    gradient = torch.randn(2, device=device)
     eta.step(gradient)
     other.step(gradient)
     assert torch.equal(eta.values, other.values)

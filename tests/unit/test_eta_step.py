@@ -42,36 +42,43 @@ def half_square(output: Tensor, target: Tensor) -> Tensor:
 X, Y = torch.tensor([[1.0, 2.0]], dtype=torch.float64), torch.tensor([[-1.0]], dtype=torch.float64)
 
 
-def vector(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def vector(*values: float, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def test_perturbations_and_gradients_by_hand() -> None:
+def test_perturbations_and_gradients_by_hand(device: torch.device) -> None:
     """Residual 1, so d crit / d f = (2, -1) and d crit / d output = 1; alpha = 0.5 and eta = 1/2.
 
     The perturbed outputs are 0 + 0.5 * 0.5 * (2 + 1) = 0.75 and 0 + 0.5 * 0.5 = 0.25, with residuals 1.75 and 1.25.
     """
-    model = TwoLayers()
+    model = TwoLayers().to(device)
     alfa = AlfaWrapper(model, half_square, BLOCKS, alpha=0.5, learnable=True)
-    output = alfa(X, Y)
+    images, target = X.to(device), Y.to(device)
+    output = alfa(images, target)
     assert output.deltas["first"].tolist() == [[0.5, -0.5]]
     assert output.deltas["second"].tolist() == [[0.5]]
     assert output.eta.tolist() == [0.5, 0.5]
-    result = AlfaLoss(half_square, gamma=1.0)(output, Y)
+    result = AlfaLoss(half_square, gamma=1.0)(output, target)
     result.loss.backward()
     assert result.loss.item() == pytest.approx(0.5 + 1.75**2 / 2 + 1.25**2 / 2 + 1)
     # residual * (2 * 0.5 + (-1) * (-0.5)), residual * 0.5, and gamma
-    torch.testing.assert_close(alfa.eta.values.grad, vector(1.75 * 1.5 + 1, 1.25 * 0.5 + 1))
+    torch.testing.assert_close(alfa.eta.values.grad, vector(1.75 * 1.5 + 1, 1.25 * 0.5 + 1, device=device))
     # residual times what each pass fed to the second layer: f, f + eta * delta, f
-    expected = 1.0 * vector(1, 2) + 1.75 * vector(1.25, 1.75) + 1.25 * vector(1, 2)
+    expected = (
+        1.0 * vector(1, 2, device=device)
+        + 1.75 * vector(1.25, 1.75, device=device)
+        + 1.25 * vector(1, 2, device=device)
+    )
     torch.testing.assert_close(model.second.weight.grad[0], expected)
-    torch.testing.assert_close(model.first.weight.grad, torch.outer((1 + 1.75 + 1.25) * vector(2, -1), X[0]))
+    torch.testing.assert_close(
+        model.first.weight.grad, torch.outer((1 + 1.75 + 1.25) * vector(2, -1, device=device), images[0])
+    )
 
 
-def learn(eta_set: Any, *, gamma: float, lr: float, steps: int = 2) -> list[Tensor]:
+def learn(eta_set: Any, device: torch.device, *, gamma: float, lr: float, steps: int = 2) -> list[Tensor]:
     """eta after each step of a model whose weights stay where they are."""
     task = AlfaTask(
-        TwoLayers(),
+        TwoLayers().to(device),
         half_square,
         BLOCKS,
         alpha=0.5,
@@ -85,53 +92,53 @@ def learn(eta_set: Any, *, gamma: float, lr: float, steps: int = 2) -> list[Tens
     etas = []
     for _ in range(steps):
         optimizer.zero_grad()
-        task(X, Y)["loss"].backward()
+        task(X.to(device), Y.to(device))["loss"].backward()
         optimizer.step()
         etas.append(task.engine.eta.values.detach().clone())
     return etas
 
 
 @pytest.mark.parametrize("eta_set", ["hyperplane", "simplex"])
-def test_two_steps_by_hand_where_the_sets_agree(eta_set: str) -> None:
+def test_two_steps_by_hand_where_the_sets_agree(eta_set: str, device: torch.device) -> None:
     # gradients (3.625, 1.625): (0.1375, 0.3375), and 0.2625 more each to sum to 1
     # then (2.4 + 1, 0.65 + 1), velocity (6.6625, 3.1125): (-0.26625, 0.28875), and 0.48875 more each
-    first, second = learn(eta_set, gamma=1.0, lr=0.1)
-    torch.testing.assert_close(first, vector(0.4, 0.6))
-    torch.testing.assert_close(second, vector(0.2225, 0.7775))
+    first, second = learn(eta_set, device, gamma=1.0, lr=0.1)
+    torch.testing.assert_close(first, vector(0.4, 0.6, device=device))
+    torch.testing.assert_close(second, vector(0.2225, 0.7775, device=device))
 
 
-def test_two_steps_by_hand_where_the_sets_differ() -> None:
+def test_two_steps_by_hand_where_the_sets_differ(device: torch.device) -> None:
     # (0.5 - 3.625, 0.5 - 1.625) = (-3.125, -1.125)
-    assert learn("hyperplane", gamma=1.0, lr=1.0, steps=1)[0].tolist() == pytest.approx([-0.5, 1.5])
-    assert learn("simplex", gamma=1.0, lr=1.0, steps=1)[0].tolist() == pytest.approx([0.0, 1.0])
+    assert learn("hyperplane", device, gamma=1.0, lr=1.0, steps=1)[0].tolist() == pytest.approx([-0.5, 1.5])
+    assert learn("simplex", device, gamma=1.0, lr=1.0, steps=1)[0].tolist() == pytest.approx([0.0, 1.0])
 
 
-def test_gamma_draws_negative_entries_towards_zero_on_the_hyperplane() -> None:
+def test_gamma_draws_negative_entries_towards_zero_on_the_hyperplane(device: torch.device) -> None:
     # From (-0.5, 1.5) the losses alone give (0.375, 0.875), and gamma adds its sign: (-1, 1). With velocities
     # (2.6375, 3.3375) and (2.7375, 1.4375) the second step ends at:
-    assert learn("hyperplane", gamma=1.0, lr=1.0)[1].tolist() == pytest.approx([-0.15, 1.15])
-    assert learn("hyperplane", gamma=0.0, lr=1.0)[1].tolist() == pytest.approx([-1.15, 2.15])
+    assert learn("hyperplane", device, gamma=1.0, lr=1.0)[1].tolist() == pytest.approx([-0.15, 1.15])
+    assert learn("hyperplane", device, gamma=0.0, lr=1.0)[1].tolist() == pytest.approx([-1.15, 2.15])
 
 
-def test_gamma_moves_nothing_on_the_hyperplane_while_every_entry_is_positive() -> None:
-    with_gamma, without = (learn("hyperplane", gamma=gamma, lr=0.02, steps=4) for gamma in (2.0, 0.0))
+def test_gamma_moves_nothing_on_the_hyperplane_while_every_entry_is_positive(device: torch.device) -> None:
+    with_gamma, without = (learn("hyperplane", device, gamma=gamma, lr=0.02, steps=4) for gamma in (2.0, 0.0))
     assert bool((torch.stack(with_gamma) > 0).all())
     torch.testing.assert_close(torch.stack(with_gamma), torch.stack(without), rtol=0, atol=1e-12)
 
 
-def test_gamma_moves_nothing_on_the_simplex() -> None:
-    with_gamma, without = (torch.stack(learn("simplex", gamma=gamma, lr=0.15, steps=6)) for gamma in (2.0, 0.0))
+def test_gamma_moves_nothing_on_the_simplex(device: torch.device) -> None:
+    with_gamma, without = (torch.stack(learn("simplex", device, gamma=gamma, lr=0.15, steps=6)) for gamma in (2.0, 0.0))
     assert bool((without == 0).any())  # where the subgradient at 0 counts
     assert bool((without > 0).all(dim=1).any())
     torch.testing.assert_close(with_gamma, without, rtol=0, atol=1e-12)
 
 
-def small(**options: Any) -> tuple[AlfaTask, Tensor, Tensor]:
+def small(device: torch.device, **options: Any) -> tuple[AlfaTask, Tensor, Tensor]:
     torch.manual_seed(0)
-    model = Small(drop=0.0).train()
+    model = Small(drop=0.0).to(device).train()
     options = {"alpha": 0.05, "eta_lr": 0.1, "gamma": 0.0, "verbose": False, **options}
     return AlfaTask(model, F.cross_entropy, ["stem", "block"], learnable=True, **options), *batch(
-        6, 8, dtype=torch.float32
+        6, 8, dtype=torch.float32, device=device
     )
 
 
@@ -140,9 +147,9 @@ def eta_of(task: AlfaTask) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lookahead_sgd", "lookahead_adamw"])
-def test_eta_steps_once_per_step_of_the_weights(name: str) -> None:
-    task, images, target = small()
-    expected, _, _ = small()
+def test_eta_steps_once_per_step_of_the_weights(name: str, device: torch.device) -> None:
+    task, images, target = small(device)
+    expected, _, _ = small(device)
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt=name, lr=0.0, weight_decay=0.0)
     plain = torch.optim.SGD(expected.get_trainable_module().parameters(), lr=0.0)
     for _ in range(7):  # Lookahead moves its slow weights in every sixth
@@ -158,9 +165,9 @@ def test_eta_steps_once_per_step_of_the_weights(name: str) -> None:
     assert eta_of(task) == eta_of(expected)
 
 
-def test_another_models_optimizer_does_not_step_eta() -> None:
-    task, images, target = small()
-    other = Small()
+def test_another_models_optimizer_does_not_step_eta(device: torch.device) -> None:
+    task, images, target = small(device)
+    other = Small().to(device)
     task(images, target)["loss"].backward()
     before = eta_of(task)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
@@ -171,8 +178,8 @@ def test_another_models_optimizer_does_not_step_eta() -> None:
     assert eta_of(task) != before
 
 
-def test_two_tasks_keep_their_steps_apart() -> None:
-    (one, images, target), (two, _, _) = small(), small()
+def test_two_tasks_keep_their_steps_apart(device: torch.device) -> None:
+    (one, images, target), (two, _, _) = small(device), small(device)
     optimizers = [torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1) for task in (one, two)]
     for task in (one, two):
         task(images, target)["loss"].backward()
@@ -181,20 +188,20 @@ def test_two_tasks_keep_their_steps_apart() -> None:
     assert eta_of(two) != [0.5, 0.5]
 
 
-def test_the_listener_ends_with_the_task() -> None:
+def test_the_listener_ends_with_the_task(device: torch.device) -> None:
     from torch.optim.optimizer import _global_optimizer_post_hooks
 
     before = len(_global_optimizer_post_hooks)
-    task, _, _ = small()
+    task, _, _ = small(device)
     assert len(_global_optimizer_post_hooks) == before + 1
     del task
     gc.collect()
     assert len(_global_optimizer_post_hooks) == before
 
 
-def test_accumulated_batches_are_averaged() -> None:
-    task, images, target = small(gamma=0.3)
-    other, _, _ = small(gamma=0.3)
+def test_accumulated_batches_are_averaged(device: torch.device) -> None:
+    task, images, target = small(device, gamma=0.3)
+    other, _, _ = small(device, gamma=0.3)
     parameters = list(task.get_trainable_module().parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0)
     slopes = []
@@ -206,14 +213,14 @@ def test_accumulated_batches_are_averaged() -> None:
         other.objective(wrapper(images + index, target), target).loss.backward()
         slopes.append(wrapper.eta.values.grad.clone())
     optimizer.step()
-    moved = vector(0.5, 0.5) - 0.1 * (slopes[0] + slopes[1]) / 2
+    moved = vector(0.5, 0.5, device=device) - 0.1 * (slopes[0] + slopes[1]) / 2
     torch.testing.assert_close(task.engine.eta.values.detach(), moved - (moved.sum() - 1) / 2, rtol=1e-5, atol=0)
     assert not torch.allclose(slopes[0], slopes[1], rtol=1e-2)
 
 
-def test_gradients_of_an_update_that_was_given_up_are_dropped() -> None:
-    task, images, target = small()
-    expected, _, _ = small()
+def test_gradients_of_an_update_that_was_given_up_are_dropped(device: torch.device) -> None:
+    task, images, target = small(device)
+    expected, _, _ = small(device)
     optimizers = [torch.optim.SGD(owner.get_trainable_module().parameters(), lr=0.0) for owner in (task, expected)]
     task(images + 1, target)["loss"].backward()
     optimizers[0].zero_grad()
@@ -223,12 +230,12 @@ def test_gradients_of_an_update_that_was_given_up_are_dropped() -> None:
     assert eta_of(task) == eta_of(expected)
 
 
-def test_a_skipped_step_of_the_loss_scaler_moves_neither_weights_nor_eta() -> None:
-    task, images, target = small()
-    expected, _, _ = small()
+def test_a_skipped_step_of_the_loss_scaler_moves_neither_weights_nor_eta(device: torch.device) -> None:
+    task, images, target = small(device)
+    expected, _, _ = small(device)
     for owner, overflow in ((task, True), (expected, False)):
         optimizer = torch.optim.SGD(owner.get_trainable_module().parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+        scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=1000)
         for index in range(3):
             if overflow and index == 1:
                 before, weights = eta_of(owner), copy.deepcopy(list(owner.parameters()))
@@ -254,11 +261,11 @@ def test_a_skipped_step_of_the_loss_scaler_moves_neither_weights_nor_eta() -> No
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_eta_survives_an_overflow_whose_gradients_linger(late: bool) -> None:
+def test_eta_survives_an_overflow_whose_gradients_linger(late: bool, device: torch.device) -> None:
     """Gradients that are zeroed rather than dropped, or only after the forward, do not show that a step was skipped."""
-    task, images, target = small()
+    task, images, target = small(device)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     for index in range(4):
         if not late:
             optimizer.zero_grad(set_to_none=False)
@@ -290,10 +297,10 @@ class Fused(torch.optim.SGD):
                     parameter -= group["lr"] * parameter.grad / (self.grad_scale if self.grad_scale is not None else 1)
 
 
-def test_a_fused_optimizer_that_meets_an_overflow_does_not_step_eta() -> None:
-    task, images, target = small()
+def test_a_fused_optimizer_that_meets_an_overflow_does_not_step_eta(device: torch.device) -> None:
+    task, images, target = small(device)
     optimizer = Fused(task.get_trainable_module().parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     for overflow in (True, False):
         optimizer.zero_grad()
         scaler.scale(task(images, target)["loss"]).backward()
@@ -307,14 +314,14 @@ def test_a_fused_optimizer_that_meets_an_overflow_does_not_step_eta() -> None:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_follow_learns_what_the_task_learns(scaled: bool) -> None:
-    task, images, target = small(gamma=0.5)
+def test_follow_learns_what_the_task_learns(scaled: bool, device: torch.device) -> None:
+    task, images, target = small(device, gamma=0.5)
     torch.manual_seed(0)
-    model = Small(drop=0.0).train()
+    model = Small(drop=0.0).to(device).train()
     alfa = AlfaWrapper(model, F.cross_entropy, ["stem", "block"], alpha=0.05, learnable=True, eta_lr=0.1)
     loss_fn = AlfaLoss(F.cross_entropy, gamma=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, enabled=scaled)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=2, enabled=scaled)
     alfa.follow(optimizer, scaler if scaled else None)
     reference = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
     for index in range(5):

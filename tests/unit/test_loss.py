@@ -109,14 +109,14 @@ class Boxed(nn.Module):
         return self.box(F.cross_entropy(output, target, reduction="none"))
 
 
-def _steps(criterion: Any) -> list[Callable[[Tensor, Tensor], Tensor]]:
+def _steps(criterion: Any, device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """One training step's loss by everything that calls a criterion."""
     attack = PixelAttack(eps=4.0, alpha=1.0, steps=1, mean=(0.5,) * 3, std=(0.25,) * 3)
     options: dict[str, Any] = {"verbose": False}
 
     def small() -> nn.Module:
         torch.manual_seed(0)
-        return timm.create_model("resnet20s", num_classes=10).train()
+        return timm.create_model("resnet20s", num_classes=10).to(device).train()
 
     wrapper = AlfaWrapper(small(), criterion, "layer3")
     tasks = [
@@ -130,11 +130,11 @@ def _steps(criterion: Any) -> list[Callable[[Tensor, Tensor], Tensor]]:
     return [by_wrapper, *((lambda images, target, task=task: task(images, target)["loss"]) for task in tasks)]
 
 
-def test_a_criterion_may_return_one_number_in_any_shape() -> None:
-    images, target = batch(16, dtype=torch.float32)
-    plain = [step(images, target) for step in _steps(Boxed(lambda losses: losses.mean()))]
+def test_a_criterion_may_return_one_number_in_any_shape(device: torch.device) -> None:
+    images, target = batch(16, dtype=torch.float32, device=device)
+    plain = [step(images, target) for step in _steps(Boxed(lambda losses: losses.mean()), device)]
     for box in (lambda losses: losses.mean().reshape(1), lambda losses: losses.mean().reshape(1, 1)):
-        for loss, expected in zip([step(images, target) for step in _steps(Boxed(box))], plain, strict=True):
+        for loss, expected in zip([step(images, target) for step in _steps(Boxed(box), device)], plain, strict=True):
             assert loss.shape == ()
             assert torch.equal(loss, expected)
             loss.backward()
@@ -151,9 +151,11 @@ def test_a_criterion_may_return_one_number_in_any_shape() -> None:
         (lambda losses: losses.argmax(), TypeError, r"floating-point tensor.*torch.int64"),
     ],
 )
-def test_other_returns_of_a_criterion_are_named(box: Callable[[Tensor], Any], error: Any, message: str) -> None:
-    images, target = batch(16, dtype=torch.float32)
-    for step in _steps(Boxed(box)):
+def test_other_returns_of_a_criterion_are_named(
+    box: Callable[[Tensor], Any], error: Any, message: str, device: torch.device
+) -> None:
+    images, target = batch(16, dtype=torch.float32, device=device)
+    for step in _steps(Boxed(box), device):
         with pytest.raises(error, match=f"criterion: expected it to return .*{message}"):
             step(images, target)
 

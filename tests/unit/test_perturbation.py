@@ -64,11 +64,11 @@ def plain_delta(model: Shaped, images: Tensor, target: Tensor, dims: tuple[int, 
     ids=["NCHW", "NHWC", "tokens", "vector"],
 )
 def test_moments_are_those_of_autograd(
-    shape: tuple[int, ...], dims: tuple[int, ...], last: bool, steps: int, norm: Any
+    shape: tuple[int, ...], dims: tuple[int, ...], last: bool, steps: int, norm: Any, device: torch.device
 ) -> None:
     torch.manual_seed(3)
-    model = Shaped(shape).double()
-    images, target = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4)
+    model = Shaped(shape).double().to(device)
+    images, target = torch.randn(4, 3, 8, 8, dtype=torch.float64).to(device), torch.arange(4, device=device)
     pgd = Moments("5%", steps=steps, eps="8%", norm=norm, channels_last=last)
     alfa = AlfaWrapper(model.train(), F.cross_entropy, "block", perturbation=pgd)
     found = alfa(images, target).deltas["block"]
@@ -76,9 +76,9 @@ def test_moments_are_those_of_autograd(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_random_start_lies_in_the_ball_and_differs_from_step_to_step() -> None:
-    model = Shaped((4, 3, 3)).train()
-    images, target = torch.randn(4, 3, 8, 8), torch.arange(4)
+def test_a_random_start_lies_in_the_ball_and_differs_from_step_to_step(device: torch.device) -> None:
+    model = Shaped((4, 3, 3)).to(device).train()
+    images, target = torch.randn(4, 3, 8, 8).to(device), torch.arange(4, device=device)
     pgd = Moments("0.0001%", eps="10%", init="uniform")
     alfa = AlfaWrapper(model, F.cross_entropy, "block", perturbation=pgd)
     first, second = (alfa(images, target).deltas["block"] for _ in range(2))
@@ -102,10 +102,12 @@ def test_which_space() -> None:
     "perturbation", [Pgd("5%", steps=2), Moments("5%"), Gaussian("5%")], ids=lambda p: type(p).__name__
 )
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_the_divergence_by_both_orders_of_work_and_by_hand(perturbation: Any, reduction: Any) -> None:
+def test_the_divergence_by_both_orders_of_work_and_by_hand(
+    perturbation: Any, reduction: Any, device: torch.device
+) -> None:
     torch.manual_seed(0)
-    model = Small(drop=0.0).double().train()
-    images, target = batch(8)
+    model = Small(drop=0.0).double().to(device).train()
+    images, target = batch(8, device=device)
     models = [copy.deepcopy(model) for _ in range(3)]
     torch.manual_seed(1)
     task = AlfaTask(
@@ -142,7 +144,7 @@ def test_the_divergence_by_both_orders_of_work_and_by_hand(perturbation: Any, re
     assert metrics["loss_rise_block"] == pytest.approx(float(terms[1].detach() / crit.detach()), rel=1e-5)
 
 
-def test_the_divergence_needs_logits() -> None:
+def test_the_divergence_needs_logits(device: torch.device) -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -153,10 +155,13 @@ def test_the_divergence_needs_logits() -> None:
             return output, output
 
     task = AlfaTask(
-        Pair().train(), lambda output, target: F.cross_entropy(output[0], target), "small.block", objective="kl",
+        Pair().to(device).train(),
+        lambda output, target: F.cross_entropy(output[0], target),
+        "small.block",
+        objective="kl",
         verbose=False,
-    )  # fmt: skip
+    )
     with pytest.raises(TypeError, match="objective 'kl': expected a model that returns logits"):
-        task(*batch(8, dtype=torch.float32))
+        task(*batch(8, dtype=torch.float32, device=device))
     with pytest.raises(ValueError, match="objective: expected one of ce, kl, found 'js'"):
         AlfaLoss(F.cross_entropy, objective="js")  # type: ignore[arg-type]

@@ -42,29 +42,33 @@ def test_a_sample_may_have_several_rows_in_one_of_the_tensors() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1.0, 1e25, 1e37])
-def test_l2_direction_has_length_one_at_any_scale(scale: float) -> None:
-    gradient = torch.tensor([[3.0, -4.0], [0.6, 0.8]]) * scale * 0.5
+def test_l2_direction_has_length_one_at_any_scale(scale: float, device: torch.device) -> None:
+    gradient = torch.tensor([[3.0, -4.0], [0.6, 0.8]], device=device) * scale * 0.5
     (way,) = pgd.direction([gradient], "l2")
-    torch.testing.assert_close(way, torch.tensor([[0.6, -0.8], [0.6, 0.8]]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(way, torch.tensor([[0.6, -0.8], [0.6, 0.8]], device=device), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("norm", pgd.NORMS)
-def test_zero_gradient_moves_nothing(norm: pgd.Norm) -> None:
-    (delta,) = pgd.pgd_step(None, [torch.tensor([[0.0, 0.0], [1.0, 0.0]])], alpha=1.0, norm=norm, eps=0.5)
+def test_zero_gradient_moves_nothing(norm: pgd.Norm, device: torch.device) -> None:
+    (delta,) = pgd.pgd_step(
+        None, [torch.tensor([[0.0, 0.0], [1.0, 0.0]], device=device)], alpha=1.0, norm=norm, eps=0.5
+    )
     assert delta.tolist() == [[0.0, 0.0], [0.5, 0.0]]
 
 
-def test_a_sample_whose_gradient_is_not_a_number_stays_where_it_is() -> None:
-    gradient = torch.tensor([[3.0, 4.0], [1.0, float("nan")]])
+def test_a_sample_whose_gradient_is_not_a_number_stays_where_it_is(device: torch.device) -> None:
+    gradient = torch.tensor([[3.0, 4.0], [1.0, float("nan")]], device=device)
     (delta,) = pgd.pgd_step(None, [gradient], alpha=1.0, norm="l2", eps=0.5)
-    torch.testing.assert_close(delta[0], torch.tensor([0.3, 0.4]))
+    torch.testing.assert_close(delta[0], torch.tensor([0.3, 0.4], device=device))
     assert delta[1].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("norm", pgd.NORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_features_have_float32_perturbations(dtype: torch.dtype, norm: pgd.Norm) -> None:
-    feature = torch.randn(2, 3).to(dtype)
+def test_low_precision_features_have_float32_perturbations(
+    dtype: torch.dtype, norm: pgd.Norm, device: torch.device
+) -> None:
+    feature = torch.randn(2, 3).to(device, dtype)
     start = [*pgd.zeros([feature]), *pgd.uniform([feature], 0.1)]
     step = pgd.pgd_step(None, [feature], alpha=0.5 / 255, norm=norm, eps=1.0)
     assert {part.dtype for part in (*start, *step)} == {torch.float32}
@@ -88,14 +92,14 @@ def test_scales_per_channel() -> None:
     torch.testing.assert_close(delta, torch.tensor([[[0.15, -0.15], [-0.4, 0.0]]]))
 
 
-def test_uniform_start_fills_the_ball() -> None:
-    generator = torch.Generator().manual_seed(0)
-    (delta,) = pgd.uniform([torch.zeros(10_000, 2)], 0.3, generator)
+def test_uniform_start_fills_the_ball(device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    (delta,) = pgd.uniform([torch.zeros(10_000, 2, device=device)], 0.3, generator)
     assert delta.abs().max() <= 0.3
     assert delta.min() < -0.299
     assert delta.max() > 0.299
     assert delta.mean().abs() < 0.01  # standard error 0.0012
-    assert delta.std() == pytest.approx(0.3 / 3**0.5, rel=0.02)
+    assert delta.std().item() == pytest.approx(0.3 / 3**0.5, rel=0.02)
 
 
 def test_perturb_climbs_to_the_top_within_what_is_valid() -> None:

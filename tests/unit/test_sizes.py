@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from parity import gradient_errors
 from reference.plain_alfa import plain_alfa
+from rng import rng_state, set_rng_state
 from torch import Tensor, nn
 from toys import FAMILIES, Nested, batch, family
 
@@ -38,29 +39,29 @@ def test_rows_of_one_sample_share_a_scale() -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", [(4, 6, 5, 5), (4, 5, 5, 6), (4, 7, 6), (4, 9), (4, 3, 4, 4, 4)])
-def test_delta_has_the_share_of_the_features_rms(shape: tuple[int, ...], norm: Any) -> None:
-    feature, gradient = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+def test_delta_has_the_share_of_the_features_rms(shape: tuple[int, ...], norm: Any, device: torch.device) -> None:
+    feature, gradient = (torch.randn(shape, dtype=torch.float64).to(device) for _ in range(2))
     (delta,) = pgd.pgd_step(None, [gradient], alpha=pgd.absolute(Relative(0.02), [feature]), norm=norm)
     share = delta.flatten(1).norm(dim=1) / feature.flatten(1).norm(dim=1)
-    torch.testing.assert_close(share, torch.full((4,), 0.02, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(share, torch.full_like(share, 0.02), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("front", ["wrapper", "task"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("eps", [None, 0.05])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_parity(name: str, eps: float | None, norm: Any, front: str) -> None:
-    model, images, target = family(name)
+def test_parity(name: str, eps: float | None, norm: Any, front: str, device: torch.device) -> None:
+    model, images, target = family(name, device=device)
     blocks = list(FAMILIES[name][3:])
     bound = None if eps is None else f"{100 * eps:g}%"
     options: dict[str, Any] = {"alpha": "2%", "eps": bound, "norm": norm, "steps": 3}
-    state = torch.get_rng_state()
+    state = rng_state(device)
     if front == "wrapper":
         loss = AlfaLoss(F.cross_entropy)(AlfaWrapper(model, F.cross_entropy, blocks, **options)(images, target), target)
         loss.loss.backward()
     else:
         AlfaTask(model, F.cross_entropy, blocks, verbose=False, **options)(images, target)["loss"].backward()
-    torch.set_rng_state(state)
+    set_rng_state(state, device)
     expected = plain_alfa(
         model, F.cross_entropy, images, target, blocks, alpha=0.02, steps=3, eps=eps, norm=norm, relative=True
     )
@@ -69,9 +70,9 @@ def test_parity(name: str, eps: float | None, norm: Any, front: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_parity_of_nested_outputs(norm: Any) -> None:
-    images, target = batch(12)
-    model = Nested().double().train()
+def test_parity_of_nested_outputs(norm: Any, device: torch.device) -> None:
+    images, target = batch(12, device=device)
+    model = Nested().double().to(device).train()
     expected = plain_alfa(
         model, Nested.criterion, images, target, ["branches"], alpha=0.1, steps=2, eps=0.12, norm=norm, relative=True
     )
@@ -99,9 +100,9 @@ class Scaled(nn.Module):
     ("factor", "dtype"),
     [(0.0, torch.float32), (1e4, torch.float16), (1e-4, torch.float16), (1.0, torch.bfloat16), (1e15, torch.float32)],
 )
-def test_zero_large_and_small_features(factor: float, dtype: torch.dtype, norm: Any) -> None:
-    images, target = batch(8, dtype=torch.float32)
-    model = Scaled(factor, dtype).train()
+def test_zero_large_and_small_features(factor: float, dtype: torch.dtype, norm: Any, device: torch.device) -> None:
+    images, target = batch(8, dtype=torch.float32, device=device)
+    model = Scaled(factor, dtype).to(device).train()
     alfa = AlfaWrapper(model, F.cross_entropy, "block", alpha="2%", eps="3%", steps=2, norm=norm)
     output = alfa(images, target)
     delta, feature = output.deltas["block"].double(), (model.stem(images) * factor).to(dtype).double()
@@ -115,20 +116,20 @@ def test_zero_large_and_small_features(factor: float, dtype: torch.dtype, norm: 
         assert not delta.any()
 
 
-def test_a_share_is_the_same_however_the_feature_is_scaled() -> None:
-    images, target = batch(8)
+def test_a_share_is_the_same_however_the_feature_is_scaled(device: torch.device) -> None:
+    images, target = batch(8, device=device)
     found = []
     for factor in (1.0, 64.0):
         torch.manual_seed(0)
-        model = Scaled(factor, torch.float64).double().train()
+        model = Scaled(factor, torch.float64).double().to(device).train()
         model.head.float()
         output = AlfaWrapper(model, F.cross_entropy, "block", alpha="2%")(images, target)
         found.append(output.deltas["block"] / factor)
     torch.testing.assert_close(*found, rtol=1e-9, atol=0)
 
 
-def test_noise_has_the_share_of_the_features_rms() -> None:
-    model, images, target = family("resnet", batch_size=2)
+def test_noise_has_the_share_of_the_features_rms(device: torch.device) -> None:
+    model, images, target = family("resnet", batch_size=2, device=device)
     task = NoiseTask(model, F.cross_entropy, "layer3", sigma="5%", verbose=False)
     task(images, target)["loss"].backward()
     ratio = task.epoch_metrics()["delta_ratio_layer3"]
@@ -136,8 +137,8 @@ def test_noise_has_the_share_of_the_features_rms() -> None:
     assert task.summary_lines((3, 64, 64))[0].startswith("Noise: sigma 5%, ")
 
 
-def test_a_random_start_is_within_the_ball() -> None:
-    model, images, target = family("resnet")
+def test_a_random_start_is_within_the_ball(device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     alfa = AlfaWrapper(model, F.cross_entropy, "layer4", alpha=1e-9, eps="4%", init="uniform")
     features: list[Tensor] = []
     handle = model.layer4.register_forward_hook(lambda module, args, output: features.append(output.detach()))
@@ -148,8 +149,8 @@ def test_a_random_start_is_within_the_ball() -> None:
     assert bool((largest > 0.95).all())
 
 
-def test_eta_multiplies_a_share() -> None:
-    model, images, target = family("resnet")
+def test_eta_multiplies_a_share(device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     task = AlfaTask(model, F.cross_entropy, "@stages", alpha="2%", learnable=True, verbose=False)
     assert task(images, target)["loss"].isfinite()
     assert "PGD-1, alpha 2%, linf, unbounded" in task.summary_lines((3, 64, 64))[0]

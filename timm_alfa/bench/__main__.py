@@ -1,10 +1,11 @@
-"""Measurements: ``python -m timm_alfa.bench`` and a name: ``step``, ``loop``, ``loader``, ``paper``, ``finetune`` ..."""
+"""Measurements: ``python -m timm_alfa.bench`` and a name, such as ``step``, ``loop``, ``paper`` or ``finetune``."""
 
 import sys
 
 from . import host, loader, loop, rounding, step
 from .common import run
 from .finetune import command as finetune
+from .gpu import command as gpu
 from .paper import command as paper
 
 COMMANDS = {
@@ -15,6 +16,7 @@ COMMANDS = {
     "rounding": rounding,
     "paper": paper,
     "finetune": finetune,
+    "gpu": gpu,
 }
 USAGE = f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ..."
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rng import rng_state, set_rng_state
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -51,9 +52,10 @@ def plain_alfa(
 
     Every pass starts from the random state of the clean one; buffers move with the clean pass only.
     """
-    state = torch.get_rng_state()
+    device = next(model.parameters()).device
+    state = rng_state(device)
     output = model(input)
-    end = torch.get_rng_state()
+    end = rng_state(device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     clean = criterion(output, target)
 
@@ -62,12 +64,12 @@ def plain_alfa(
         delta = list(start[block]) if start else [torch.zeros_like(part) for part in feature_of(model, input, block)]
         for _ in range(steps):
             leaves = [part.detach().requires_grad_() for part in delta]
-            torch.set_rng_state(state)
+            set_rng_state(state, device)
             loss = criterion(forward_with(model, input, block, leaves, detach=True), target)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             ways = direction(gradients, norm)
             if relative:
-                torch.set_rng_state(state)
+                set_rng_state(state, device)
                 sizes = sizes_of(feature_of(model, input, block), norm)
                 delta = [part + alpha * size * way for part, size, way in zip(delta, sizes, ways, strict=True)]
                 if eps is not None:
@@ -78,7 +80,7 @@ def plain_alfa(
                 delta = into_ball(delta, eps, norm)
         deltas[block] = delta
         strength = strengths[block] if strengths else 1.0
-        torch.set_rng_state(state)
+        set_rng_state(state, device)
         perturbed = forward_with(model, input, block, [strength * part for part in delta], detach=grad == "tail")
         adversarial[block] = criterion(perturbed, target)
 
@@ -92,7 +94,7 @@ def plain_alfa(
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    torch.set_rng_state(end)
+    set_rng_state(end, device)
     return PlainResult(loss, clean, output, adversarial, deltas, dict(zip(named, found, strict=True)))
 
 
@@ -141,7 +143,8 @@ def direction(gradients: Sequence[Tensor], norm: str) -> list[Tensor]:
     for sample in range(len(gradients[0])):
         length = sum(float(gradient[sample].square().sum()) for gradient in gradients) ** 0.5
         for result, gradient in zip(results, gradients, strict=True):
-            result[sample] = gradient[sample] / length
+            if length > 0:  # stochastic depth may leave a sample without a gradient
+                result[sample] = gradient[sample] / length
     return results
 
 
@@ -160,7 +163,7 @@ def into_ball(delta: Sequence[Tensor], eps: float, norm: str) -> list[Tensor]:
 
 def sizes_of(feature: Sequence[Tensor], norm: str) -> list[Tensor]:
     """Per tensor, what broadcasts against it: rms of each sample, or the l2 norm of each sample over all tensors."""
-    sizes = [torch.zeros(len(part), *[1] * (part.dim() - 1), dtype=part.dtype) for part in feature]
+    sizes = [part.new_zeros(len(part), *[1] * (part.dim() - 1)) for part in feature]
     for sample in range(len(feature[0])):
         length = sum(float(part[sample].square().sum()) for part in feature) ** 0.5
         for size, part in zip(sizes, feature, strict=True):

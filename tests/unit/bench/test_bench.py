@@ -25,6 +25,7 @@ from toys import Small, batch, family
 from untouched import picture
 
 from timm_alfa.bench import common, loader, loop, memory, step, timing, variants
+from timm_alfa.bench.gpu import command as gpu
 from timm_alfa.bench.paper import command as paper
 from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
@@ -76,8 +77,8 @@ def test_every_round_calls_each_function_once_in_changing_order(clock: Clock) ->
     assert len(set(rounds)) > 1
 
 
-def lively_resnet() -> tuple[nn.Module, Tensor, Tensor]:
-    model, images, target = family("resnet")
+def lively_resnet(device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+    model, images, target = family("resnet", device=device)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -89,9 +90,9 @@ def lively_resnet() -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("blocks", [["layer4"], ["layer2.0.bn2", "layer4"]])
-def test_the_released_structure_trains_what_it_should(blocks: list[str], steps: int) -> None:
+def test_the_released_structure_trains_what_it_should(blocks: list[str], steps: int, device: torch.device) -> None:
     """Half the clean loss and half the mean adversarial one, with detached features."""
-    model, images, target = lively_resnet()
+    model, images, target = lively_resnet(device)
     before = picture(model)
     expected = plain_alfa(
         model, F.cross_entropy, images, target, blocks, alpha=0.5 / 255, steps=steps, grad="tail", reduction="mean"
@@ -116,12 +117,12 @@ def test_the_released_structure_names_a_block_that_does_not_run() -> None:
 @pytest.mark.parametrize(
     "variant", [plain(), alfa(["block"], steps=2), l_alfa(["stem", "block"]), alfa_wrapper(["block"])]
 )
-def test_a_training_step_moves_the_weights(variant: Variant) -> None:
-    model = Small().train()
-    images, target = batch(8, dtype=torch.float32)
+def test_a_training_step_moves_the_weights(variant: Variant, device: torch.device) -> None:
+    model = Small().to(device).train()
+    images, target = batch(8, dtype=torch.float32, device=device)
     before = copy.deepcopy(model.state_dict())
     loss_of = variant.build(model, images, "eager")
-    one = training_step(loss_of, torch.optim.SGD(model.parameters(), lr=0.1), lambda: torch.autocast("cpu"))
+    one = training_step(loss_of, torch.optim.SGD(model.parameters(), lr=0.1), lambda: torch.autocast(device.type))
     one(images, target)
     assert all(parameter.grad is None for parameter in model.parameters())
     moved = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
@@ -332,7 +333,11 @@ def test_loop_writes_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[s
 )
 def test_the_commands_of_the_documentation_parse(line: str) -> None:
     command, *flags = shlex.split(line)[3:]
-    args = {"step": step, "loop": loop, "loader": loader, "paper": paper}[command].build_parser().parse_args(flags)
+    args = (
+        {"step": step, "loop": loop, "loader": loader, "paper": paper, "gpu": gpu}[command]
+        .build_parser()
+        .parse_args(flags)
+    )
     if command in ("step", "loop"):
         common.check_arguments(args)
 
@@ -342,7 +347,7 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("timm_alfa.bench", run_name="__main__")
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "usage: python -m timm_alfa.bench {step,loop,loader,paper,finetune} ...\n"
+    assert capsys.readouterr().err == "usage: python -m timm_alfa.bench {step,loop,loader,paper,finetune,gpu} ...\n"
 
 
 def test_help_has_a_line_per_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,4 +356,4 @@ def test_help_has_a_line_per_command(capsys: pytest.CaptureFixture[str], monkeyp
     usage, blank, *lines = capsys.readouterr().out.splitlines()
     assert usage.startswith("usage: ")
     assert blank == ""
-    assert [line.split(":")[0].split()[-1] for line in lines] == ["step", "loop", "loader", "paper", "finetune"]
+    assert [line.split(":")[0].split()[-1] for line in lines] == ["step", "loop", "loader", "paper", "finetune", "gpu"]

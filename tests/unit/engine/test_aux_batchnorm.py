@@ -18,25 +18,25 @@ from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper, BlockError
 from timm_alfa.engine.aux_batchnorm import AuxBatchNorms, norms_behind
 
 
-def _norm(kind: str) -> tuple[nn.Module, Tensor]:
-    images = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+def _norm(kind: str, device: torch.device) -> tuple[nn.Module, Tensor]:
+    images = torch.randn(4, 3, 5, 5, dtype=torch.float64, device=device)
     if kind == "1d":
-        return nn.BatchNorm1d(3).double(), images.mean(3)
+        return nn.BatchNorm1d(3).double().to(device), images.mean(3)
     if kind == "act":
-        return BatchNormAct2d(3, act_layer=nn.SiLU).double(), images
+        return BatchNormAct2d(3, act_layer=nn.SiLU).double().to(device), images
     options = {"plain": {}, "fixed": {"affine": False}, "untracked": {"track_running_stats": False}}[kind]
-    return nn.BatchNorm2d(3, **options).double(), images
+    return nn.BatchNorm2d(3, **options).double().to(device), images
 
 
 @pytest.mark.parametrize("kind", ["plain", "1d", "act", "fixed", "untracked"])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_active_branch_is_a_second_norm(kind: str, training: bool) -> None:
-    norm, images = _norm(kind)
+def test_an_active_branch_is_a_second_norm(kind: str, training: bool, device: torch.device) -> None:
+    norm, images = _norm(kind, device)
     model = nn.Sequential(norm).train(training)
     aux = AuxBatchNorms(model)
     for parameter in norm.aux.parameters():
         nn.init.uniform_(parameter, 0.5, 2)
-    other = _norm(kind)[0].train(training)
+    other = _norm(kind, device)[0].train(training)
     other.load_state_dict(norm.aux.tensors())
     untouched = copy.deepcopy(norm.state_dict())
     with aux.active():
@@ -47,9 +47,9 @@ def test_an_active_branch_is_a_second_norm(kind: str, training: bool) -> None:
         assert torch.equal(tensor, untouched[name])
 
 
-def test_gradients_go_to_the_branch_that_computed() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-    aux, images = AuxBatchNorms(model), torch.randn(4, 3, 5, 5)
+def test_gradients_go_to_the_branch_that_computed(device: torch.device) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).to(device)
+    aux, images = AuxBatchNorms(model), torch.randn(4, 3, 5, 5, device=device)
     with aux.active():
         loss = model(images).square().mean()
     loss.backward()  # after the switch went back
@@ -101,10 +101,10 @@ def test_after_an_error_the_main_branch_is_back() -> None:
     assert model[0].weight is weight
 
 
-def test_saved_and_loaded() -> None:
-    first, second = (AuxBatchNorms(Small()) for _ in range(2))
-    images = torch.randn(4, 3, 8, 8)
-    model = Small()
+def test_saved_and_loaded(device: torch.device) -> None:
+    first, second = (AuxBatchNorms(Small().to(device)) for _ in range(2))
+    images = torch.randn(4, 3, 8, 8, device=device)
+    model = Small().to(device)
     aux = AuxBatchNorms(model)
     with aux.active():
         model(images)
@@ -123,8 +123,8 @@ def test_two_sets_on_one_model_are_refused() -> None:
         AuxBatchNorms(model)
 
 
-def test_norms_behind_a_block() -> None:
-    model, images = Small(), torch.randn(2, 3, 8, 8)
+def test_norms_behind_a_block(device: torch.device) -> None:
+    model, images = Small().to(device), torch.randn(2, 3, 8, 8, device=device)
     assert norms_behind(model, ["block.0"], images) == ["block.1", "neck.1"]
     assert norms_behind(model, ["block"], images) == ["neck.1"]
     with pytest.raises(BlockError, match="no batch norm runs behind 'neck'"):
@@ -157,10 +157,10 @@ def _reference(model: nn.Module, aux: AuxBatchNorms, images: Tensor, target: Ten
 
 @pytest.mark.parametrize("as_task", [False, True])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_alfa_with_auxiliary_norms(steps: int, as_task: bool) -> None:
-    images, target = batch(8)
+def test_alfa_with_auxiliary_norms(steps: int, as_task: bool, device: torch.device) -> None:
+    images, target = batch(8, device=device)
     options: dict[str, Any] = {"alpha": 1 / 255, "steps": steps, "bn": "aux"}
-    model, plain = (Small(drop=0.0).double().train() for _ in range(2))
+    model, plain = (Small(drop=0.0).double().to(device).train() for _ in range(2))
     plain.load_state_dict(model.state_dict())
     plain_aux = AuxBatchNorms(plain)
     if as_task:
@@ -190,14 +190,14 @@ def test_alfa_with_auxiliary_norms(steps: int, as_task: bool) -> None:
     assert aux is not None
 
 
-def test_alfa_without_a_norm_behind_its_block_is_refused() -> None:
-    model, images, target = family("resnet")
+def test_alfa_without_a_norm_behind_its_block_is_refused(device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     with pytest.raises(BlockError, match="no batch norm runs behind 'layer4'"):
         AlfaWrapper(model, nn.CrossEntropyLoss(), ["layer4"], bn="aux")(images, target)
 
 
-def test_life_cycle_with_optimizer_ema_and_checkpoint() -> None:
-    model, images, target = family("resnet")
+def test_life_cycle_with_optimizer_ema_and_checkpoint(device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     plain_keys = list(model.state_dict())
     task = AlfaTask(model, nn.CrossEntropyLoss(), ["layer3"], bn="aux", verbose=False)
     task.engine.check_blocks((3, 64, 64))
@@ -218,7 +218,7 @@ def test_life_cycle_with_optimizer_ema_and_checkpoint() -> None:
         state = task.get_checkpoint_state(ema=ema)
         assert list(state["state_dict_ema" if ema else "state_dict"]) == plain_keys
     checkpoint = task.get_checkpoint_state()
-    again = AlfaTask(family("resnet")[0], nn.CrossEntropyLoss(), ["layer3"], bn="aux", verbose=False)
+    again = AlfaTask(family("resnet", device=device)[0], nn.CrossEntropyLoss(), ["layer3"], bn="aux", verbose=False)
     again.engine.check_blocks((3, 64, 64))
     again.load_checkpoint_state(checkpoint["state_dict"], checkpoint["task_state"])
     assert again.engine.aux is not None

@@ -38,8 +38,8 @@ MOVING = {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked", "evo.ru
 
 
 @pytest.mark.parametrize("observed", [False, True])
-def test_kept_passes_move_nothing_and_compute_the_same(observed: bool) -> None:
-    model, images = Norms().train(), torch.randn(4, 3, 6, 6)
+def test_kept_passes_move_nothing_and_compute_the_same(observed: bool, device: torch.device) -> None:
+    model, images = Norms().to(device).train(), torch.randn(4, 3, 6, 6, device=device)
     statistics = Statistics(model)
     before = _buffers(model)
     plain = copy.deepcopy(model)(images)
@@ -60,8 +60,8 @@ def test_kept_passes_move_nothing_and_compute_the_same(observed: bool) -> None:
     assert _moved(before, model) == MOVING
 
 
-def test_gradients_of_kept_passes_arrive_after_they_ended() -> None:
-    model, images = Norms().double().train(), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+def test_gradients_of_kept_passes_arrive_after_they_ended(device: torch.device) -> None:
+    model, images = Norms().double().to(device).train(), torch.randn(4, 3, 6, 6, dtype=torch.float64, device=device)
     model(images).square().sum().backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -74,14 +74,14 @@ def test_gradients_of_kept_passes_arrive_after_they_ended() -> None:
         assert torch.equal(parameter.grad, gradient)
 
 
-def test_restored_after_an_error() -> None:
-    model = Norms().train()
+def test_restored_after_an_error(device: torch.device) -> None:
+    model = Norms().to(device).train()
     statistics = Statistics(model)
     before = _buffers(model)
 
     def fail() -> None:
         with statistics.kept():
-            model(torch.randn(4, 3, 6, 6))
+            model(torch.randn(4, 3, 6, 6, device=device))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -90,8 +90,8 @@ def test_restored_after_an_error() -> None:
     assert model.bn.track_running_stats
 
 
-def test_an_error_in_the_observed_pass_leaves_it_to_the_next() -> None:
-    model, images = Norms().train(), torch.randn(4, 3, 6, 6)
+def test_an_error_in_the_observed_pass_leaves_it_to_the_next(device: torch.device) -> None:
+    model, images = Norms().to(device).train(), torch.randn(4, 3, 6, 6, device=device)
     statistics = Statistics(model)
     with pytest.raises(KeyError), statistics.observed():
         raise KeyError
@@ -103,8 +103,8 @@ def test_an_error_in_the_observed_pass_leaves_it_to_the_next() -> None:
     assert _moved(before, model) == set()
 
 
-def test_norms_in_evaluation_mode_keep_using_their_statistics() -> None:
-    model, images = Norms().train(), torch.randn(4, 3, 6, 6)
+def test_norms_in_evaluation_mode_keep_using_their_statistics(device: torch.device) -> None:
+    model, images = Norms().to(device).train(), torch.randn(4, 3, 6, 6, device=device)
     model.bn.eval()
     statistics = Statistics(model)
     before = _buffers(model)
@@ -114,9 +114,9 @@ def test_norms_in_evaluation_mode_keep_using_their_statistics() -> None:
     assert _moved(before, model) == set()
 
 
-def test_a_norm_without_statistics_stays_without() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)).train()
+def test_a_norm_without_statistics_stays_without(device: torch.device) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)).to(device).train()
     with Statistics(model).kept():
-        model(torch.randn(4, 3, 2, 2))
+        model(torch.randn(4, 3, 2, 2, device=device))
     assert not model[0].track_running_stats
     assert model[1].track_running_stats

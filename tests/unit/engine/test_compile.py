@@ -45,19 +45,21 @@ def _advprop(model: nn.Module) -> AdvPropTask:
     return AdvPropTask(model, nn.CrossEntropyLoss(), attack, verbose=False)
 
 
-def test_inductor_gives_the_eager_gradients() -> None:
+def test_inductor_gives_the_eager_gradients(device: torch.device) -> None:
     layers = [ConvNormAct(3, 4, 3), ConvNormAct(4, 4, 3), ConvNormAct(4, 8, 3), nn.Flatten(), nn.Linear(128, 5)]
-    model = nn.Sequential(*layers).double().train()
-    images, target = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([1, 4])
+    model = nn.Sequential(*layers).double().to(device).train()
+    images = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(device)
+    target = torch.tensor([1, 4], device=device)
     _leave_code_in_the_cache_that_reuses_its_buffers(copy.deepcopy(model), images)
     torch._dynamo.reset()
     _assert_compiled_equals_eager(partial(_alfa, blocks=["0", "1"]), model, images, target)
 
 
 @pytest.mark.parametrize("build", [partial(_alfa, blocks=["layer2.0", "layer3.0.bn2"]), _advprop])
-def test_a_residual_network_gives_the_eager_gradients(build: Callable[[nn.Module], Task]) -> None:
-    model = create_model("test_resnet", num_classes=5).double().train()
-    images, target = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
+def test_a_residual_network_gives_the_eager_gradients(build: Callable[[nn.Module], Task], device: torch.device) -> None:
+    model = create_model("test_resnet", num_classes=5).double().to(device).train()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64).to(device)
+    target = torch.arange(4, device=device)
     _assert_compiled_equals_eager(build, model, images, target)
 
 

@@ -167,9 +167,9 @@ def test_products_with_vectors() -> None:
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_methods_execute_what_they_need_and_no_more(variant: Variant, expected: int) -> None:
-    x, target = images(), torch.arange(BATCH)
-    loss_of = variant.build(toy().train(), x, False)
+def test_methods_execute_what_they_need_and_no_more(variant: Variant, expected: int, device: torch.device) -> None:
+    x, target = images().to(device), torch.arange(BATCH, device=device)
+    loss_of = variant.build(toy().to(device).train(), x, False)
     for _ in range(2):
         assert count_flops(lambda: loss_of(x, target).backward()) == expected
 

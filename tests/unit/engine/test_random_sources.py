@@ -24,24 +24,25 @@ from timm_alfa.engine.randomness import RandomState
 from timm_alfa.peers import AdvPropTask, PgdTask, PixelAttack
 
 ALPHA = 0.05
+CPU = torch.device("cpu")
 
 
-def _torch(seed: int = 5) -> Drawing:
-    generator = torch.Generator().manual_seed(seed)
-    return Drawing(lambda: float(torch.rand((), generator=generator)), generator)
+def _torch(device: torch.device = CPU) -> Drawing:
+    generator = torch.Generator(device).manual_seed(5)
+    return Drawing(lambda: float(torch.rand((), generator=generator, device=device)), generator)
 
 
-def _own_random() -> Drawing:
+def _own_random(_: torch.device) -> Drawing:
     own = random.Random(5)
     return Drawing(own.random, own)
 
 
-def _own_numpy() -> Drawing:
+def _own_numpy(_: torch.device = CPU) -> Drawing:
     own = np.random.default_rng(5)
     return Drawing(own.random, own)
 
 
-def _own_legacy() -> Drawing:
+def _own_legacy(_: torch.device) -> Drawing:
     own = np.random.RandomState(5)
     return Drawing(own.random_sample, own)
 
@@ -49,18 +50,18 @@ def _own_legacy() -> Drawing:
 IN_THIS_FILE = np.random.default_rng(5)
 
 
-def _global() -> Drawing:
+def _global(_: torch.device) -> Drawing:
     def draw() -> float:
         return (lambda: IN_THIS_FILE.random())()
 
     return Drawing(draw)
 
 
-def _in_a_closure() -> Drawing:
-    held = {"generator": torch.Generator().manual_seed(5)}
+def _in_a_closure(device: torch.device) -> Drawing:
+    held = {"generator": torch.Generator(device).manual_seed(5)}
 
     def number() -> float:
-        return float(torch.rand((), generator=held["generator"]))
+        return float(torch.rand((), generator=held["generator"], device=device))
 
     return Drawing(functools.partial(lambda draw: draw(), number))
 
@@ -68,17 +69,17 @@ def _in_a_closure() -> Drawing:
 class _Method(Drawing):
     own = random.Random(5)
 
-    def __init__(self) -> None:
+    def __init__(self, _: torch.device) -> None:
         super().__init__(self.number)
 
     def number(self) -> float:
         return _Method.own.random()
 
 
-SOURCES: dict[str, Callable[[], Drawing]] = {
-    "torch": lambda: Drawing(lambda: float(torch.rand(()))),
-    "random": lambda: Drawing(random.random),
-    "numpy": lambda: Drawing(np.random.rand),
+SOURCES: dict[str, Callable[[torch.device], Drawing]] = {
+    "torch": lambda device: Drawing(lambda: float(torch.rand((), device=device))),
+    "random": lambda _: Drawing(random.random),
+    "numpy": lambda _: Drawing(np.random.rand),
     "torch.Generator": _torch,
     "random.Random": _own_random,
     "numpy Generator": _own_numpy,
@@ -89,9 +90,9 @@ SOURCES: dict[str, Callable[[], Drawing]] = {
 }
 
 
-def _model(name: str) -> Drawing:
+def _model(name: str, device: torch.device) -> Drawing:
     torch.manual_seed(3)
-    return SOURCES[name]().double().train()
+    return SOURCES[name](device).double().to(device).train()
 
 
 def _seed() -> None:
@@ -124,9 +125,9 @@ class Replayed(nn.Module):
 
 @pytest.mark.parametrize("front", ["wrapper", "task"])
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_adversarial_pass_draws_what_the_clean_pass_drew(name: str, front: str) -> None:
-    images, target = batch(8)
-    model, reference = _model(name), Replayed(_model(name))
+def test_the_adversarial_pass_draws_what_the_clean_pass_drew(name: str, front: str, device: torch.device) -> None:
+    images, target = batch(8, device=device)
+    model, reference = _model(name, device), Replayed(_model(name, device))
     options: dict[str, Any] = {"alpha": ALPHA, "steps": 3, "norm": "l2"}
     if front == "wrapper":
         alfa = AlfaWrapper(model, F.cross_entropy, ["block", "layers.1"], **options)
@@ -141,7 +142,7 @@ def test_the_adversarial_pass_draws_what_the_clean_pass_drew(name: str, front: s
         loss = loss_of()
         loss.backward()
         found.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
-    after = (torch.rand(()), random.random(), np.random.rand(), model.draw())
+    after = (torch.rand((), device=device), random.random(), np.random.rand(), model.draw())
     _seed()
     for loss, gradients in found:
         reference.numbers.clear()
@@ -150,19 +151,19 @@ def test_the_adversarial_pass_draws_what_the_clean_pass_drew(name: str, front: s
         torch.testing.assert_close(loss, expected.loss.detach(), rtol=1e-12, atol=0)
         for gradient, wanted in zip(gradients, expected.gradients.values(), strict=True):
             torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-14)
-    twin = _model(name)
+    twin = _model(name, device)
     _seed()
     for _ in range(3):
         twin(images)
-    assert after == (torch.rand(()), random.random(), np.random.rand(), twin.draw())
+    assert after == (torch.rand((), device=device), random.random(), np.random.rand(), twin.draw())
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_lambda_zero_is_plain_training_whatever_is_drawn_from(name: str) -> None:
-    images, target = batch(8)
+def test_lambda_zero_is_plain_training_whatever_is_drawn_from(name: str, device: torch.device) -> None:
+    images, target = batch(8, device=device)
     weights = []
     for with_alfa in (False, True):
-        model = _model(name)
+        model = _model(name, device)
         task = AlfaTask(model, F.cross_entropy, "block", steps=2, lam=0.0, verbose=False) if with_alfa else None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         _seed()
@@ -176,27 +177,29 @@ def test_lambda_zero_is_plain_training_whatever_is_drawn_from(name: str) -> None
 
 @pytest.mark.parametrize("kind", [AdvPropTask, PgdTask])
 @pytest.mark.parametrize("name", SOURCES)
-def test_attacks_on_pixels_see_the_same_draws(name: str, kind: Any) -> None:
+def test_attacks_on_pixels_see_the_same_draws(name: str, kind: Any, device: torch.device) -> None:
     """Without a perturbation both passes are one, whatever is drawn."""
-    images, target = batch(8)
-    model = _model(name)
+    images, target = batch(8, device=device)
+    model = _model(name, device)
     task = kind(model, F.cross_entropy, PixelAttack(0.0, 1.0, 2, (0.5,), (0.25,)), verbose=False)
     _seed()
     for _ in range(2):
         result = task(images, target)
         assert torch.equal(result["loss_adv"], result.get("loss_clean", result["loss"].detach()))
     found = model.draw()
-    twin = _model(name)
+    twin = _model(name, device)
     _seed()
     for _ in range(2):
         twin(images)
     assert found == twin.draw()
 
 
-def test_a_source_that_is_drawn_from_later_is_told_and_then_replayed(caplog: pytest.LogCaptureFixture) -> None:
-    images, target = batch(8)
+def test_a_source_that_is_drawn_from_later_is_told_and_then_replayed(
+    caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
+    images, target = batch(8, device=device)
     late = [False]
-    model = Drawing(lambda: random.random() if late[0] else 0.5).double().train()
+    model = Drawing(lambda: random.random() if late[0] else 0.5).double().to(device).train()
     alfa = AlfaWrapper(model, F.cross_entropy, "block", alpha=1e-12)
     with caplog.at_level(logging.WARNING):
         alfa(images, target)
@@ -209,20 +212,20 @@ def test_a_source_that_is_drawn_from_later_is_told_and_then_replayed(caplog: pyt
     torch.testing.assert_close(output.adv_outputs["block"], output.output, rtol=1e-9, atol=0)
 
 
-def test_autocast_that_the_model_opens() -> None:
+def test_autocast_that_the_model_opens(device: torch.device) -> None:
     class Inside(Small):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 return super().forward(x).float()
 
-    images, target = batch(8, dtype=torch.float32)
+    images, target = batch(8, dtype=torch.float32, device=device)
     found = []
     for kind, outer in ((Inside, False), (Small, True), (Inside, True)):
         torch.manual_seed(3)
-        model = kind(drop=0.0).train()
+        model = kind(drop=0.0).to(device).train()
         alfa = AlfaWrapper(model, lambda output, target: F.cross_entropy(output.float(), target), "block", alpha=0.01)
         for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            with torch.autocast(device.type, torch.bfloat16, enabled=outer):
                 output = alfa(images, target)
         found.append((output.output.float(), output.adv_outputs["block"].float(), output.deltas["block"]))
     for other in found[1:]:
@@ -231,7 +234,7 @@ def test_autocast_that_the_model_opens() -> None:
     assert not torch.equal(found[0][0], found[0][1])
 
 
-def test_only_what_is_drawn_from_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_drawn_from_is_captured(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     captured: list[int] = []
     capture = RandomState.__init__
 
@@ -240,11 +243,11 @@ def test_only_what_is_drawn_from_is_captured(monkeypatch: pytest.MonkeyPatch) ->
         capture(self, devices, sources)
 
     monkeypatch.setattr(RandomState, "__init__", counted)
-    alfa = AlfaWrapper(_model("random.Random"), F.cross_entropy, "block")
-    alfa(*batch(8))
+    alfa = AlfaWrapper(_model("random.Random", device), F.cross_entropy, "block")
+    alfa(*batch(8, device=device))
     assert set(captured) == {3}  # Python, numpy, and the model's own
     captured.clear()
-    alfa(*batch(8))
+    alfa(*batch(8, device=device))
     assert set(captured) == {1}
 
 
@@ -277,9 +280,9 @@ class _Owner(Small):
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda alfa: pickle.loads(pickle.dumps(alfa))])
-def test_a_copy_draws_from_its_own_generators(again: Callable[[Any], Any]) -> None:
-    images, target = batch(8)
-    alfa = AlfaWrapper(_Owner().double().train(), F.cross_entropy, "block", alpha=1e-12)
+def test_a_copy_draws_from_its_own_generators(again: Callable[[Any], Any], device: torch.device) -> None:
+    images, target = batch(8, device=device)
+    alfa = AlfaWrapper(_Owner().double().to(device).train(), F.cross_entropy, "block", alpha=1e-12)
     alfa(images, target)
     other = again(alfa)
     before = alfa.module.own.getstate()
@@ -288,10 +291,12 @@ def test_a_copy_draws_from_its_own_generators(again: Callable[[Any], Any]) -> No
     assert alfa.module.own.getstate() == before
 
 
-def test_dropout_that_is_switched_on_later_is_replayed_from_its_first_step(caplog: pytest.LogCaptureFixture) -> None:
-    model = Small(drop=0.0).train()
+def test_dropout_that_is_switched_on_later_is_replayed_from_its_first_step(
+    caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
+    model = Small(drop=0.0).to(device).train()
     task = AlfaTask(model, F.cross_entropy, ["stem", "block"], alpha=1e-30, verbose=False)
-    images, target = batch(8, dtype=torch.float32)
+    images, target = batch(8, dtype=torch.float32, device=device)
     for rate in (0.0, 0.0, 0.0, 0.5, 0.5):
         model.drop.p = rate
         result = task(images, target)
@@ -300,7 +305,9 @@ def test_dropout_that_is_switched_on_later_is_replayed_from_its_first_step(caplo
     assert sum("draws random numbers, which it did not" in message for message in caplog.messages) <= 1
 
 
-def test_a_model_that_draws_now_and_then_is_replayed_once_it_has_drawn(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_draws_now_and_then_is_replayed_once_it_has_drawn(
+    caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
     class Sometimes(Small):
         """Draws in its own forward, before and behind the block, in every third step."""
 
@@ -312,9 +319,9 @@ def test_a_model_that_draws_now_and_then_is_replayed_once_it_has_drawn(caplog: p
             feature = self.block(feature) + (torch.rand(()) if draws else 0) * feature.mean()
             return self.head(self.neck(feature.mean(dim=(2, 3)) * (1 + torch.rand(()) if draws else 1)))
 
-    model = Sometimes(drop=0.0).train()
+    model = Sometimes(drop=0.0).to(device).train()
     task = AlfaTask(model, F.cross_entropy, "block", alpha=1e-30, verbose=False)
-    images, target = batch(8, dtype=torch.float32)
+    images, target = batch(8, dtype=torch.float32, device=device)
     for step in range(9):
         model.due = step % 3 == 2
         result = task(images, target)

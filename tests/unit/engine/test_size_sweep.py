@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from rng import rng_state
 from toys import Small, batch
 
 from timm_alfa.engine.core import Engine
@@ -19,14 +20,14 @@ from timm_alfa.sizes import rms
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_effects_are_those_of_a_plain_step(steps: int) -> None:
-    model = Small(drop=0.0).double().train()
-    images, target = batch(8, batch_size=16)
+def test_effects_are_those_of_a_plain_step(steps: int, device: torch.device) -> None:
+    model = Small(drop=0.0).double().to(device).train()
+    images, target = batch(8, batch_size=16, device=device)
     before = copy.deepcopy(model.state_dict())
     engine = Engine(model, F.cross_entropy, {"stem": model.stem, "block": model.block}, Pgd())
-    state = torch.get_rng_state()
+    state = rng_state(device)
     found = sweep_sizes(engine, [(images, target)], shares=(0.01, 0.2), pgd=Pgd(steps=steps), autocast=nullcontext)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(device), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (engine.perturbation, engine.passes) == (Pgd(), 0)
     with torch.no_grad():

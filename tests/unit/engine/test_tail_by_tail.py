@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import lively, relative
+from rng import rng_state, set_rng_state
 from torch import Tensor, nn
 from toys import FAMILIES, InPlace, Nested, Shared, Small, UNet, batch, family
 
@@ -47,6 +48,7 @@ def compare(
 ) -> None:
     """The first step looks for what bypasses the blocks, the others cut the graph there."""
     options = {"alpha": 1 / 255, "norm": "l2", "learnable": values is not None, **options}
+    device = images.device
     twin = copy.deepcopy(model)
     alfa, plain = AlfaWrapper(model, criterion, blocks, **options), AlfaWrapper(twin, criterion, blocks, **options)
     if values is not None:
@@ -57,18 +59,18 @@ def compare(
     of_clean, of_adversarial = loss_fn.weights(len(blocks))
     step = TailByTailStep(alfa.engine, loss_fn)
     for _ in range(rounds):
-        state = torch.get_rng_state()
+        state = rng_state(device)
         twin.zero_grad()
         plain.eta.values.grad = None
         expected = loss_fn(plain(images, target), target)
         expected.loss.backward()
-        end = torch.get_rng_state()
+        end = rng_state(device)
 
-        torch.set_rng_state(state)
+        set_rng_state(state, device)
         model.zero_grad()
         found = step(images, target, of_clean, dict.fromkeys(alfa.blocks, of_adversarial))
         found.loss.backward()
-        assert torch.equal(torch.get_rng_state(), end)
+        assert torch.equal(rng_state(device), end)
         torch.testing.assert_close(found.loss.detach(), expected.loss.detach(), rtol=TOLERANCE, atol=0)
         torch.testing.assert_close(found.clean, expected.clean, rtol=TOLERANCE, atol=0)
         assert found.adversarial.keys() == expected.adversarial.keys()
@@ -96,8 +98,8 @@ def compare(
     ],
 )
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str, order: list[int], options: dict[str, Any]) -> None:
-    model, images, target = family(name)
+def test_families(name: str, order: list[int], options: dict[str, Any], device: torch.device) -> None:
+    model, images, target = family(name, device=device)
     compare(lively(model), images, target, [FOUR[name][index] for index in order], rounds=2, **options)
 
 
@@ -112,15 +114,15 @@ def test_families(name: str, order: list[int], options: dict[str, Any]) -> None:
         ["maxpool", "fc", "bn1"],
     ],
 )
-def test_inside_residual_blocks(blocks: list[str], grad: str) -> None:
-    model, images, target = family("resnet")
+def test_inside_residual_blocks(blocks: list[str], grad: str, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     compare(lively(model), images, target, blocks, steps=2, grad=grad, values=[0.9, 0.7, 0.5][: len(blocks)])
 
 
 @pytest.mark.parametrize("frozen", ["layer1", "layer3", "layer4"])
 @pytest.mark.parametrize("grad", ["full", "tail"])
-def test_frozen_prefix(grad: str, frozen: str) -> None:
-    model, images, target = family("resnet")
+def test_frozen_prefix(grad: str, frozen: str, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     for name, child in model.named_children():
         child.requires_grad_(False)
         if name == frozen:
@@ -128,8 +130,8 @@ def test_frozen_prefix(grad: str, frozen: str) -> None:
     compare(lively(model), images, target, ["layer4", "layer1", "layer3"], grad=grad, values=[0.5, 0.2, 0.3])
 
 
-def test_a_frozen_piece_between_the_blocks() -> None:
-    model, images, target = family("resnet")
+def test_a_frozen_piece_between_the_blocks(device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     model.layer2.requires_grad_(False)
     model.fc.requires_grad_(False)
     compare(lively(model), images, target, ["layer1", "layer2", "layer4"], steps=2, values=[0.5, 0.2, 0.3])
@@ -149,37 +151,47 @@ def test_a_frozen_piece_between_the_blocks() -> None:
         (Small, ["stem", "neck"]),
     ],
 )
-def test_awkward_models(toy: type[nn.Module], blocks: list[str], grad: str, values: list[float] | None) -> None:
+def test_awkward_models(
+    toy: type[nn.Module], blocks: list[str], grad: str, values: list[float] | None, device: torch.device
+) -> None:
     torch.manual_seed(3)
-    model = lively(toy().double().train())
-    compare(model, *batch(12), blocks, steps=2, grad=grad, values=values and values[: len(blocks)])
+    model = lively(toy().double().to(device).train())
+    compare(model, *batch(12, device=device), blocks, steps=2, grad=grad, values=values and values[: len(blocks)])
 
 
 @pytest.mark.parametrize("grad", ["full", "tail"])
-def test_nested_outputs(grad: str) -> None:
-    model = Nested().double().train()
-    compare(model, *batch(12), ["branches", "stem"], criterion=Nested.criterion, steps=2, grad=grad, values=[0.7, 0.3])
+def test_nested_outputs(grad: str, device: torch.device) -> None:
+    model = Nested().double().to(device).train()
+    compare(
+        model,
+        *batch(12, device=device),
+        ["branches", "stem"],
+        criterion=Nested.criterion,
+        steps=2,
+        grad=grad,
+        values=[0.7, 0.3],
+    )
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_bounds(norm: str) -> None:
-    model, images, target = family("resnet")
+def test_bounds(norm: str, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     compare(lively(model), images, target, ["layer3", "layer4"], norm=norm, eps=1.5 / 255, steps=3, values=[0.5, 0.5])
 
 
-def test_uniform_start() -> None:
-    model, images, target = family("resnet")
+def test_uniform_start(device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     compare(lively(model), images, target, ["layer4", "layer3"], eps=0.02, init="uniform", steps=2, values=[0.3, 0.7])
 
 
-def test_a_block_without_influence_is_refused() -> None:
+def test_a_block_without_influence_is_refused(device: torch.device) -> None:
     class Deaf(Small):
         def forward(self, x: Tensor) -> Tensor:
             self.block(self.stem(x))
             return self.head(self.neck(x.mean(dim=(2, 3)).repeat(1, 3)[:, :8]))
 
-    alfa = AlfaWrapper(Deaf().train(), F.cross_entropy, ["block"])
-    images, target = batch(8, dtype=torch.float32)
+    alfa = AlfaWrapper(Deaf().to(device).train(), F.cross_entropy, ["block"])
+    images, target = batch(8, dtype=torch.float32, device=device)
     with pytest.raises(BlockError, match="'block' has no influence on the loss"):
         TailByTailStep(alfa.engine, AlfaLoss(F.cross_entropy))(images, target, 1.0, {"block": 1.0})
 
@@ -193,10 +205,10 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-def test_loss_scaling_reaches_the_weights_and_not_eta() -> None:
+def test_loss_scaling_reaches_the_weights_and_not_eta(device: torch.device) -> None:
     torch.manual_seed(5)
-    model = Small(drop=0.0).double().train()
-    images, target = batch(8)
+    model = Small(drop=0.0).double().to(device).train()
+    images, target = batch(8, device=device)
     found = []
     for factor in (1.0, 1024.0):
         model.zero_grad()
@@ -210,10 +222,10 @@ def test_loss_scaling_reaches_the_weights_and_not_eta() -> None:
         assert torch.equal(one * 1024, other)
 
 
-def test_halving_the_loss_in_place_halves_the_gradients() -> None:
+def test_halving_the_loss_in_place_halves_the_gradients(device: torch.device) -> None:
     torch.manual_seed(5)
-    model = Small(drop=0.0).double().train()
-    images, target = batch(8)
+    model = Small(drop=0.0).double().to(device).train()
+    images, target = batch(8, device=device)
     totals = []
     for index in (0, 1):
         model.zero_grad()
@@ -237,9 +249,9 @@ def _every_warning() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_every_warning")
-def test_second_derivatives_are_refused() -> None:
-    images, target = batch(8, dtype=torch.float32)
-    found = step_of(Small().train())(images, target, 1.0, {"stem": 1.0, "block": 1.0})
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    images, target = batch(8, dtype=torch.float32, device=device)
+    found = step_of(Small().to(device).train())(images, target, 1.0, {"stem": 1.0, "block": 1.0})
     with (
         pytest.warns(UserWarning, match="create_graph"),  # torch's own warning about reference cycles
         pytest.raises(RuntimeError, match="no second derivatives"),
@@ -261,7 +273,7 @@ def half_precision_gradients(
     scale = 1.0 if how in ("float32", "unscaled") else 2.0**16
     for _ in range(2):
         model.zero_grad()
-        with torch.autocast("cpu", torch.float16, enabled=how != "float32"):
+        with torch.autocast(images.device.type, torch.float16, enabled=how != "float32"):
             if how in ("plain", "unscaled"):
                 loss = criterion(model(images), target)
             else:
@@ -275,10 +287,10 @@ def zeros(gradients: list[Tensor]) -> float:
     return float(torch.cat([gradient.flatten() == 0 for gradient in gradients]).float().mean())
 
 
-def test_float16_keeps_small_gradients() -> None:
+def test_float16_keeps_small_gradients(device: torch.device) -> None:
     torch.manual_seed(5)
-    model = lively(Small(drop=0.0).train())
-    images, target = batch(8, 8, dtype=torch.float32)
+    model = lively(Small(drop=0.0).to(device).train())
+    images, target = batch(8, 8, dtype=torch.float32, device=device)
     expected, slope = half_precision_gradients(model, images, target, "float32", shrink=1e-6)
     found, found_slope = half_precision_gradients(model, images, target, "sweep", shrink=1e-6)
     largest = max(float(gradient.norm()) for gradient in expected)
@@ -293,9 +305,9 @@ def test_float16_keeps_small_gradients() -> None:
     assert zeros(found) <= plain
 
 
-def small_task(**options: Any) -> AlfaTask:
+def small_task(device: torch.device, **options: Any) -> AlfaTask:
     torch.manual_seed(4)
-    model = lively(UNet().double().train())
+    model = lively(UNet().double().to(device).train())
     return AlfaTask(
         model,
         F.cross_entropy,
@@ -321,11 +333,11 @@ def drawn(task: AlfaTask, images: Tensor, target: Tensor) -> tuple[tuple[str, ..
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"grad": "tail", "reduction": "mean"}, {"learnable": True}])
-def test_sampled_blocks_are_unbiased(count: int, options: dict[str, Any]) -> None:
-    images, target = batch(12)
-    whole = small_task(**options)
+def test_sampled_blocks_are_unbiased(count: int, options: dict[str, Any], device: torch.device) -> None:
+    images, target = batch(12, device=device)
+    whole = small_task(device, **options)
     _, expected_loss, expected = drawn(whole, images, target)
-    task = small_task(sample_blocks=count, **options)
+    task = small_task(device, sample_blocks=count, **options)
     found: dict[tuple[str, ...], tuple[Tensor, list[Tensor]]] = {}
     wanted = set(combinations(task.engine.blocks, count))
     for _ in range(100):
@@ -343,12 +355,12 @@ def test_sampled_blocks_are_unbiased(count: int, options: dict[str, Any]) -> Non
         torch.testing.assert_close(mean, gradient, rtol=1e-10, atol=1e-15)
 
 
-def test_sampled_blocks_give_an_unbiased_gradient_of_eta() -> None:
+def test_sampled_blocks_give_an_unbiased_gradient_of_eta(device: torch.device) -> None:
     """Through its own step: with momentum from 0, eta moves by the projected gradient, which is linear."""
-    images, target = batch(12)
+    images, target = batch(12, device=device)
     moved: dict[Any, Tensor] = {}
     for sample in (None, 1):
-        task = small_task(learnable=True, sample_blocks=sample, eta_lr=1e-3)
+        task = small_task(device, learnable=True, sample_blocks=sample, eta_lr=1e-3)
         model = task.get_trainable_module()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         for passes in range(60):
@@ -380,15 +392,15 @@ def draws(seed: int, steps: int, **options: Any) -> list[tuple[str, ...]]:
     return [tuple(sorted(task(inputs, target)["loss_adv_by_block"])) for _ in range(steps)]
 
 
-def test_the_draw_is_a_function_of_seed_and_step() -> None:
+def test_the_draw_is_a_function_of_seed_and_step(device: torch.device) -> None:
     first = draws(3, 12, sample_blocks=2)
     assert draws(3, 12, sample_blocks=2) == first
     assert draws(4, 12, sample_blocks=2) != first
     assert all(len(set(blocks)) == 2 for blocks in first)
-    task = small_task(sample_blocks=2, seed=3)
-    images, target = batch(12)
+    task = small_task(device, sample_blocks=2, seed=3)
+    images, target = batch(12, device=device)
     expected = [tuple(task(images, target)["loss_adv_by_block"]) for _ in range(4)]
-    resumed = small_task(sample_blocks=2, seed=3)
+    resumed = small_task(device, sample_blocks=2, seed=3)
     resumed.load_task_state({"passes": 2})
     assert [tuple(resumed(images, target)["loss_adv_by_block"]) for _ in range(2)] == expected[2:]
 
@@ -400,9 +412,9 @@ def test_every_block_is_drawn_equally_often() -> None:
     assert all(70 < count < 130 for count in counts), counts  # 100 each, standard deviation 9
 
 
-def test_blocks_that_are_not_drawn_are_not_touched() -> None:
-    found: StepResult = step_of(Small(drop=0.0).train(), gamma=0.0)(
-        *batch(8, dtype=torch.float32), 1.0, {"block": 2.0}, observe=lambda delta, feature: len(delta)
+def test_blocks_that_are_not_drawn_are_not_touched(device: torch.device) -> None:
+    found: StepResult = step_of(Small(drop=0.0).to(device).train(), gamma=0.0)(
+        *batch(8, dtype=torch.float32, device=device), 1.0, {"block": 2.0}, observe=lambda delta, feature: len(delta)
     )
     assert found.adversarial.keys() == found.observed.keys() == {"block"}
     assert found.eta_gradient[0] == 0
@@ -431,7 +443,9 @@ class Noted(nn.Module):
 
 
 @pytest.mark.parametrize("drawn", [["0"], ["2"], ["0", "2"], ["0", "1", "2", "3"]])
-def test_the_clean_tail_is_freed_before_the_attack(drawn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clean_tail_is_freed_before_the_attack(
+    drawn: list[str], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     notes: weakref.WeakSet[Note] = weakref.WeakSet()
     alive: list[int] = []
     find = Engine.find_delta
@@ -441,10 +455,10 @@ def test_the_clean_tail_is_freed_before_the_attack(drawn: list[str], monkeypatch
         return find(self, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "find_delta", counted)
-    model = nn.Sequential(*(Noted(notes) for _ in range(4)), nn.Linear(6, 10))
+    model = nn.Sequential(*(Noted(notes) for _ in range(4)), nn.Linear(6, 10)).to(device)
     alfa = AlfaWrapper(model, nn.CrossEntropyLoss(), ["0", "1", "2", "3"])
     step = TailByTailStep(alfa.engine, AlfaLoss(nn.CrossEntropyLoss()))
-    images, target = torch.randn(5, 6), torch.arange(5)
+    images, target = torch.randn(5, 6).to(device), torch.arange(5).to(device)
     step(images, target, 1.0, dict.fromkeys("0123", 1.0))  # finds out what bypasses the blocks
     alive.clear()
     step(images, target, 1.0, dict.fromkeys(drawn, 1.0))

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rng import rng_state
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from toys import Small, batch
@@ -80,16 +81,16 @@ def test_only_adversarial_training_withstands_the_attack() -> None:
     assert robust["robust_top1"] > 40
 
 
-def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
-    model = Small().train()
+def test_the_model_and_the_random_state_are_left_as_they_were(device: torch.device) -> None:
+    model = Small().to(device).train()
     model.neck.eval()
     modes = [module.training for module in model.modules()]
-    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    images, target = batch(8, dtype=torch.float32)
+    before, state = copy.deepcopy(model.state_dict()), rng_state(device)
+    images, target = batch(8, dtype=torch.float32, device=device)
     attack = PixelAttack(8.0, 2.0, 3, (0.5,), (0.2,), "uniform")
     first = robust_accuracy(model, [(images, target)], attack)
     assert first == robust_accuracy(model, [(images, target)], attack)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(device), state)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

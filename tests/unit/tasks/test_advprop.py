@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import processes
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from peers import MEAN, STD, check_life_cycle, checked, small, task_from, train
+from rng import rng_state, set_rng_state
 from timm.layers import convert_splitbn_model
 from torch import Tensor, nn
 from toys import batch, family
@@ -29,11 +30,14 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_without_perturbation_it_is_plain_training_on_a_doubled_batch_with_split_statistics() -> None:
+def test_without_perturbation_it_is_plain_training_on_a_doubled_batch_with_split_statistics(
+    device: torch.device,
+) -> None:
     model = small(drop=0.0)
     model.neck[1] = nn.Identity()  # timm splits two-dimensional norms
-    split = convert_splitbn_model(copy.deepcopy(model), 2).double()
-    images, target = batch(8)
+    split = convert_splitbn_model(copy.deepcopy(model), 2).double().to(device)
+    model.to(device)
+    images, target = batch(8, device=device)
     task = _task(model, eps=0.0, reduction="mean")
     for _ in range(2):
         result = task(images, target)
@@ -53,32 +57,32 @@ def test_without_perturbation_it_is_plain_training_on_a_doubled_batch_with_split
 
 @pytest.mark.parametrize("attack_bn", ["train", "eval"])
 @pytest.mark.parametrize("name", ["resnet", "efficientnet", "vit"])
-def test_parity_with_two_plain_models(name: str, attack_bn: str) -> None:
+def test_parity_with_two_plain_models(name: str, attack_bn: str, device: torch.device) -> None:
     """One plain model for each kind of image; what is not a batch norm they would share."""
-    model, images, target = family(name)
+    model, images, target = family(name, device=device)
     clean_model, adversarial_model = copy.deepcopy(model), copy.deepcopy(model)
-    mean, std = (torch.tensor(values, dtype=images.dtype).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     low, high = (0 - mean) / std, (1 - mean) / std
     images = images.clamp(low, high)
     task = _task(model, eps=3.0, attack_bn=attack_bn)
-    state = torch.get_rng_state()
+    state = rng_state(device)
     result = task(images, target)
     result["loss"].backward()
-    end = torch.get_rng_state()
+    end = rng_state(device)
 
-    torch.set_rng_state(state)
+    set_rng_state(state, device)
     clean = F.cross_entropy(clean_model(images), target)
-    assert torch.equal(torch.get_rng_state(), end)
+    assert torch.equal(rng_state(device), end)
     perturbed = images
     for _ in range(2):
         attacked = copy.deepcopy(adversarial_model).train(attack_bn == "train")
         leaf = perturbed.detach().requires_grad_()
-        torch.set_rng_state(state)
+        set_rng_state(state, device)
         F.cross_entropy(attacked(leaf), target).backward()
         perturbed = leaf.detach() + 1 / 255 / std * leaf.grad.sign()
         perturbed = torch.minimum(torch.maximum(perturbed, images - 3 / 255 / std), images + 3 / 255 / std)
         perturbed = torch.minimum(torch.maximum(perturbed, low), high)
-    torch.set_rng_state(state)
+    set_rng_state(state, device)
     adversarial = F.cross_entropy(adversarial_model(perturbed), target)
     (clean + adversarial).backward()
 
@@ -102,18 +106,18 @@ def test_parity_with_two_plain_models(name: str, attack_bn: str) -> None:
             torch.testing.assert_close(buffers[f"{owner}.aux.{kind}"], other, rtol=1e-12, atol=1e-15)
 
 
-def test_targeted_with_soft_targets_and_random_start() -> None:
-    images, target = batch(8)
+def test_targeted_with_soft_targets_and_random_start(device: torch.device) -> None:
+    images, target = batch(8, device=device)
     soft = F.one_hot(target, 10) * 0.8 + 0.02
-    result = _task(small(), init="uniform", targeted=True)(images, soft)
+    result = _task(small(device=device), init="uniform", targeted=True)(images, soft)
     assert result["loss"].isfinite()
     torch.testing.assert_close(result["loss"].detach(), result["loss_clean"] + result["loss_adv"])
 
 
-def test_checkpointing_changes_nothing() -> None:
+def test_checkpointing_changes_nothing(device: torch.device) -> None:
     found = []
     for checkpointing in (False, True):
-        model, images, target = family("resnet")
+        model, images, target = family("resnet", device=device)
         model.set_grad_checkpointing(checkpointing)
         task = _task(model)
         result = task(images, target)
@@ -124,32 +128,32 @@ def test_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_compiled() -> None:
+def test_compiled(device: torch.device) -> None:
     found = []
     for compiled in (False, True):
-        task = task_from(small(drop=0.0), "--method", "advprop", "--advprop-init", "zero")
+        task = task_from(small(drop=0.0, device=device), "--method", "advprop", "--advprop-init", "zero")
         optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
         if compiled:
             torch.compiler.reset()
             task.compile(backend="aot_eager")
         found.append(train(task, optimizer, steps=3))
-        assert list(task.get_checkpoint_state()["state_dict"]) == list(small().state_dict())
+        assert list(task.get_checkpoint_state()["state_dict"]) == list(small(device=device).state_dict())
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
 
 
-def test_distributed(tmp_path: Any) -> None:
-    images, target = batch(8)
-    alone = _task(small(drop=0.0))
+def test_distributed(tmp_path: Any, device: torch.device) -> None:
+    images, target = batch(8, device=device)
+    alone = _task(small(drop=0.0, device=device))
     alone(images, target)["loss"].backward()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    device = processes.join_group(0, 1, str(tmp_path), device)
     try:
-        model = small(drop=0.0)
+        model = small(drop=0.0, device=device)
         task = _task(model)
-        task.prepare_distributed()
+        task.prepare_distributed(None if device.type == "cpu" else [device])
         for _ in range(2):  # DDP complains in the second step about what the first left unused
             model.zero_grad()
             task(images, target)["loss"].backward()
-        assert list(task.get_checkpoint_state()["state_dict"]) == list(small().state_dict())
+        assert list(task.get_checkpoint_state()["state_dict"]) == list(small(device=device).state_dict())
         assert task.epoch_metrics()["loss_clean"] > 0
         expected = _gradients(alone.get_trainable_module())
         for name, gradient in _gradients(model).items():
@@ -158,9 +162,9 @@ def test_distributed(tmp_path: Any) -> None:
         leave_group()
 
 
-def test_evaluation_is_the_plain_model() -> None:
-    images, target = batch(8)
-    model = small()
+def test_evaluation_is_the_plain_model(device: torch.device) -> None:
+    images, target = batch(8, device=device)
+    model = small(device=device)
     plain = copy.deepcopy(model).eval()
     task = _task(model)
     nn.init.zeros_(model.neck[1].aux.weight)
@@ -171,26 +175,26 @@ def test_evaluation_is_the_plain_model() -> None:
     assert task.passes == 0
 
 
-def test_life_cycle() -> None:
-    check_life_cycle("--method", "advprop", "--advprop-steps", "2")
+def test_life_cycle(device: torch.device) -> None:
+    check_life_cycle("--method", "advprop", "--advprop-steps", "2", device=device)
 
 
-def test_model_without_batch_norms() -> None:
-    model = timm.create_model("test_vit", num_classes=10, img_size=32)
+def test_model_without_batch_norms(device: torch.device) -> None:
+    model = timm.create_model("test_vit", num_classes=10, img_size=32).to(device)
     task = _task(model)
     assert "0 auxiliary batch norms" in task.summary_lines()[0]
-    images, target = batch(32, dtype=torch.float32)
+    images, target = batch(32, dtype=torch.float32, device=device)
     assert task(images, target)["loss"].isfinite()
 
 
-def test_state_of_another_model_is_refused() -> None:
-    state = _task(small()).get_task_state()
+def test_state_of_another_model_is_refused(device: torch.device) -> None:
+    state = _task(small(device=device)).get_task_state()
     with pytest.raises(UsageError, match="auxiliary batch norms: "):
         _task(nn.Sequential(nn.BatchNorm2d(3))).load_task_state(state)
 
 
-def test_reports() -> None:
-    task = task_from(small(), "--method", "advprop", "--advprop-eps", "2", "--advprop-targeted")
+def test_reports(device: torch.device) -> None:
+    task = task_from(small(device=device), "--method", "advprop", "--advprop-eps", "2", "--advprop-targeted")
     assert task.interval_text() == ""
     losses = train(task, torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.0), steps=2)
     assert task.interval_text().startswith("Clean: ")

@@ -6,13 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from parity import gradient_errors
 from reference.plain_alfa import plain_alfa
+from rng import rng_state, set_rng_state
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
@@ -39,19 +40,20 @@ def _check(
     **options: Any,
 ) -> None:
     """Three steps: the first one looks for what bypasses the blocks, the others cut the graph there."""
+    device = images.device
     task = AlfaTask(model, criterion, blocks, alpha=ALPHA, lam=lam, reduction=reduction, verbose=False, **options)
     plain = copy.deepcopy(model)
     for _ in range(3):
-        state = torch.get_rng_state()
+        state = rng_state(device)
         expected = plain_alfa(
             plain, criterion, images, target, blocks, alpha=ALPHA, lam=lam, reduction=reduction, **options
         )
-        end = torch.get_rng_state()
-        torch.set_rng_state(state)
+        end = rng_state(device)
+        set_rng_state(state, device)
         model.zero_grad()
         result = task(images, target)
         result["loss"].backward()
-        assert torch.equal(torch.get_rng_state(), end)
+        assert torch.equal(rng_state(device), end)
         torch.testing.assert_close(result["loss"].detach(), expected.loss.detach(), rtol=1e-9, atol=0)
         torch.testing.assert_close(result["loss_clean"], expected.clean.detach(), rtol=1e-9, atol=0)
         adversarial = torch.stack(list(expected.adversarial.values())).detach()
@@ -64,8 +66,8 @@ def _check(
 
 @pytest.mark.parametrize(("steps", "grad", "reduction"), [(1, "full", "sum"), (3, "tail", "mean"), (3, "full", "sum")])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_parity(name: str, steps: int, grad: str, reduction: str) -> None:
-    model, images, target = family(name)
+def test_parity(name: str, steps: int, grad: str, reduction: str, device: torch.device) -> None:
+    model, images, target = family(name, device=device)
     _check(model, images, target, list(FAMILIES[name][3:]), steps=steps, grad=grad, reduction=reduction)
 
 
@@ -75,14 +77,14 @@ def test_parity(name: str, steps: int, grad: str, reduction: str) -> None:
     [["layer1.0.bn1"], ["layer2.0.bn2"], ["layer3.0.downsample", "layer2.0.bn2"], ["layer3", "layer3.0"], ["layer4"]],
 )
 @pytest.mark.parametrize("norm", ["linf", "l2"])  # l2 normalises sample by sample, linf forgives a wrong factor
-def test_parity_inside_residual_blocks(blocks: list[str], grad: str, norm: str) -> None:
-    model, images, target = family("resnet")
+def test_parity_inside_residual_blocks(blocks: list[str], grad: str, norm: str, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     _check(model, images, target, blocks, steps=2, grad=grad, norm=norm)
 
 
 @pytest.mark.parametrize("grad", ["full", "tail"])
-def test_parity_with_a_frozen_prefix(grad: str) -> None:
-    model, images, target = family("resnet")
+def test_parity_with_a_frozen_prefix(grad: str, device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     for child in (model.conv1, model.bn1, model.layer1, model.layer2, model.layer3):
         child.requires_grad_(False)
     _check(model, images, target, ["layer3", "layer4"], steps=2, grad=grad)
@@ -99,21 +101,28 @@ def test_parity_with_a_frozen_prefix(grad: str) -> None:
         (Dependent, ["chain"]),
     ],
 )
-def test_parity_of_awkward_models(toy: type[nn.Module], blocks: list[str], grad: str) -> None:
+def test_parity_of_awkward_models(toy: type[nn.Module], blocks: list[str], grad: str, device: torch.device) -> None:
     torch.manual_seed(3)
-    _check(toy().double().train(), *batch(12), blocks, steps=2, grad=grad)
+    _check(toy().double().to(device).train(), *batch(12, device=device), blocks, steps=2, grad=grad)
 
 
 @pytest.mark.parametrize("grad", ["full", "tail"])
-def test_parity_of_nested_outputs(grad: str) -> None:
-    _check(Nested().double().train(), *batch(12), ["branches"], criterion=Nested.criterion, steps=2, grad=grad)
+def test_parity_of_nested_outputs(grad: str, device: torch.device) -> None:
+    _check(
+        Nested().double().to(device).train(),
+        *batch(12, device=device),
+        ["branches"],
+        criterion=Nested.criterion,
+        steps=2,
+        grad=grad,
+    )
 
 
-def test_lambda_zero_is_timms_own_task_bit_for_bit() -> None:
+def test_lambda_zero_is_timms_own_task_bit_for_bit(device: torch.device) -> None:
     torch.manual_seed(0)
-    plain = timm.create_model("test_resnet", num_classes=10, drop_rate=0.3, drop_path_rate=0.3).train()
+    plain = timm.create_model("test_resnet", num_classes=10, drop_rate=0.3, drop_path_rate=0.3).to(device).train()
     model = copy.deepcopy(plain)
-    images, target = batch(32, dtype=torch.float32)
+    images, target = batch(32, dtype=torch.float32, device=device)
     tasks = [
         ClassificationTask(plain, nn.CrossEntropyLoss(), verbose=False),
         AlfaTask(model, nn.CrossEntropyLoss(), ["@last", "layer2"], lam=0.0, steps=2, verbose=False),
@@ -123,20 +132,20 @@ def test_lambda_zero_is_timms_own_task_bit_for_bit() -> None:
         optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05, momentum=0.9)
         for _ in range(20):
             optimizer.zero_grad()
-            task(images + torch.randn(1), target)["loss"].backward()
+            task(images + torch.randn(1, device=device), target)["loss"].backward()
             optimizer.step()
     for (name, value), (_, expected) in zip(model.state_dict().items(), plain.state_dict().items(), strict=True):
         assert torch.equal(value, expected), name
 
 
-def _small(**options: Any) -> tuple[Small, AlfaTask, Tensor, Tensor]:
-    model = Small().train()
+def _small(device: torch.device, **options: Any) -> tuple[Small, AlfaTask, Tensor, Tensor]:
+    model = Small().to(device).train()
     task = AlfaTask(model, nn.CrossEntropyLoss(), "block", verbose=False, **options)
-    return model, task, *batch(6, dtype=torch.float32)
+    return model, task, *batch(6, dtype=torch.float32, device=device)
 
 
-def test_the_trainable_module_is_the_bare_model() -> None:
-    model, task, images, target = _small()
+def test_the_trainable_module_is_the_bare_model(device: torch.device) -> None:
+    model, task, images, target = _small(device)
     before = picture(model)
     assert task.get_trainable_module() is model
     assert task.get_eval_model() is model
@@ -148,8 +157,8 @@ def test_the_trainable_module_is_the_bare_model() -> None:
     assert picture(model) == before
 
 
-def test_changing_the_loss_in_place_changes_no_other_entry() -> None:
-    _, task, images, target = _small(lam=0.0)
+def test_changing_the_loss_in_place_changes_no_other_entry(device: torch.device) -> None:
+    _, task, images, target = _small(device, lam=0.0)
     result = task(images, target)
     others = {key: result[key].clone() for key in ("loss_clean", "loss_adv")}
     result["loss"] /= 2
@@ -158,8 +167,8 @@ def test_changing_the_loss_in_place_changes_no_other_entry() -> None:
     assert not any(result[key].requires_grad for key in others)
 
 
-def test_only_the_models_mode_counts() -> None:
-    model, task, images, target = _small()
+def test_only_the_models_mode_counts(device: torch.device) -> None:
+    model, task, images, target = _small(device)
     task.eval()
     model.train()
     assert float(task(images, target)["loss_adv"]) != float(task(images, target)["loss_clean"])
@@ -176,8 +185,8 @@ def test_criterion_from_timms_options() -> None:
     assert task.engine.criterion is task.criterion
 
 
-def test_soft_targets() -> None:
-    _, task, images, target = _small()
+def test_soft_targets(device: torch.device) -> None:
+    _, task, images, target = _small(device)
     soft = F.one_hot(target, 10).float() * 0.9 + 0.01
     assert task(images, soft)["loss"].isfinite()
 
@@ -189,8 +198,8 @@ def test_layer_decay_builds_from_the_trainable_module() -> None:
     assert len({group["lr_scale"] for group in groups}) > 2
 
 
-def test_ema_and_checkpoints_are_those_of_the_plain_model() -> None:
-    model, task, images, target = _small()
+def test_ema_and_checkpoints_are_those_of_the_plain_model(device: torch.device) -> None:
+    model, task, images, target = _small(device)
     task(images, target)["loss"].backward()
     task.setup_ema(decay=0.5)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -198,42 +207,41 @@ def test_ema_and_checkpoints_are_those_of_the_plain_model() -> None:
     state, averaged = task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)
     for weights in (state["state_dict"], averaged["state_dict_ema"]):
         Small().load_state_dict(weights, strict=True)
-    other = AlfaTask(Small(), nn.CrossEntropyLoss(), "block", verbose=False)
+    other = AlfaTask(Small().to(device), nn.CrossEntropyLoss(), "block", verbose=False)
     other.load_checkpoint_state(state["state_dict"], state.get("task_state"))
     for value, expected in zip(other.engine.model.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(value, expected)
 
 
-def test_summary_and_log_lines() -> None:
-    model = timm.create_model("test_resnet", num_classes=10).train()
+def test_summary_and_log_lines(device: torch.device) -> None:
+    model = timm.create_model("test_resnet", num_classes=10).to(device).train()
     task = AlfaTask(model, nn.CrossEntropyLoss(), ["layer3", "@last"], verbose=False)
     lines = task.summary_lines((3, 32, 32))
     assert "PGD-1" in lines[0]
     assert "0.5/255" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["layer3", "layer4"]
     assert task.interval_text() == ""
-    results = [task(*batch(32, dtype=torch.float32)) for _ in range(2)]
+    results = [task(*batch(32, dtype=torch.float32, device=device)) for _ in range(2)]
     assert "Clean" in task.interval_text()
     metrics = task.epoch_metrics()
     mean = sum(float(result["loss_clean"]) for result in results) / 2
     assert metrics["loss_clean"] == pytest.approx(mean, rel=1e-5)
-    images, target = batch(32, dtype=torch.float32)
+    images, target = batch(32, dtype=torch.float32, device=device)
     task(images, (target + 1) % 10)
     assert task.epoch_metrics()["loss_clean"] != pytest.approx(mean, rel=1e-5)  # averages start anew
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int, world_size: int, folder: str, device: torch.device) -> None:
+    device = processes.join_group(rank, world_size, folder, device)
     torch.manual_seed(0)
-    model = UNet().double().train()
+    model = UNet().double().to(device).train()
     model.drop.p = 0.0
     task = AlfaTask(model, nn.CrossEntropyLoss(), "middle", alpha=ALPHA, steps=2, verbose=False)
-    task.prepare_distributed()
+    task.prepare_distributed(None if device.type == "cpu" else [device])
     assert unwrap_model(task.get_trainable_module()) is model
     assert list(task.get_checkpoint_state()["state_dict"]) == list(model.state_dict())
     for index in range(4):  # two updates of two batches each, communicating with the second one
-        images, target = batch(8, 8)
+        images, target = batch(8, 4 * world_size, device=device)
         half = slice(rank * 4, rank * 4 + 4)
         if index == 2:
             model.zero_grad()
@@ -246,20 +254,21 @@ def _rank(rank: int, folder: str) -> None:
     leave_group()
 
 
-def test_two_ranks_average_their_gradients(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+@pytest.mark.ranks(2)
+def test_ranks_average_their_gradients(tmp_path: Path, world_size: int, device: torch.device) -> None:
+    processes.call_ranks(_rank, (world_size, str(tmp_path), device), world_size, device)
     torch.manual_seed(0)
-    model = UNet().double().train()
+    model = UNet().double().to(device).train()
     model.drop.p = 0.0
     expected = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for index in (2, 3):
-        images, target = batch(8, 8)
-        for half in (slice(0, 4), slice(4, 8)):
+        images, target = batch(8, 4 * world_size, device=device)
+        for half in (slice(4 * rank, 4 * rank + 4) for rank in range(world_size)):
             plain = plain_alfa(
                 model, F.cross_entropy, images[half] + index, target[half], ["middle"], alpha=ALPHA, steps=2
             )
             for total, gradient in zip(expected, plain.gradients.values(), strict=True):
-                total += gradient / 2
-    for rank in (0, 1):
-        for found, total in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+                total += gradient / world_size
+    for rank in range(world_size):
+        for found, total in zip(torch.load(tmp_path / f"{rank}.pt", map_location=device), expected, strict=True):
             torch.testing.assert_close(found, total, rtol=1e-9, atol=1e-15)

@@ -21,11 +21,11 @@ def _task(model: nn.Module, share: float = 0.25, init: Any = "zero") -> FastAdvP
     return FastAdvPropTask(model, nn.CrossEntropyLoss(), attack, share=share, verbose=False)
 
 
-def test_parity_with_two_plain_models() -> None:
-    images, target = batch(8, batch_size=8)
-    mean, std = (torch.tensor(values, dtype=images.dtype).view(3, 1, 1) for values in (MEAN, STD))
+def test_parity_with_two_plain_models(device: torch.device) -> None:
+    images, target = batch(8, batch_size=8, device=device)
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     images = images.clamp((0.1 - mean) / std, (0.9 - mean) / std)
-    model = small(drop=0.0)
+    model = small(drop=0.0, device=device)
     clean_model, adversarial_model = copy.deepcopy(model), copy.deepcopy(model)
     result = _task(model)(images, target)
     result["loss"].backward()
@@ -60,23 +60,23 @@ def test_parity_with_two_plain_models() -> None:
 
 
 @pytest.mark.parametrize(("size", "share", "attacked"), [(8, 0.01, 1), (8, 0.99, 7), (10, 0.2, 2), (4, 0.5, 2)])
-def test_how_many_images_are_attacked(size: int, share: float, attacked: int) -> None:
-    images, target = batch(8, batch_size=size)
-    model = small()
+def test_how_many_images_are_attacked(size: int, share: float, attacked: int, device: torch.device) -> None:
+    images, target = batch(8, batch_size=size, device=device)
+    model = small(device=device)
     model.neck[1] = nn.Identity()  # one image has no variance over the batch
     assert len(_task(model, share)(images, target)["output"]) == size - attacked
 
 
-def test_a_single_image_is_refused() -> None:
-    images, target = batch(8, batch_size=1)
+def test_a_single_image_is_refused(device: torch.device) -> None:
+    images, target = batch(8, batch_size=1, device=device)
     with pytest.raises(ValueError, match="at least 2 images, found 1"):
-        _task(small())(images, target)
+        _task(small(device=device))(images, target)
 
 
-def test_compiled() -> None:
+def test_compiled(device: torch.device) -> None:
     found = []
     for compiled in (False, True):
-        model = small(drop=0.0)
+        model = small(drop=0.0, device=device)
         task = FastAdvPropTask(
             model, nn.CrossEntropyLoss(), PixelAttack(2.0, 1.0, 1, MEAN, STD), share=0.5, verbose=False
         )
@@ -88,12 +88,12 @@ def test_compiled() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=0)
 
 
-def test_life_cycle() -> None:
-    check_life_cycle("--method", "fast-advprop", "--fast-advprop-share", "0.5")
+def test_life_cycle(device: torch.device) -> None:
+    check_life_cycle("--method", "fast-advprop", "--fast-advprop-share", "0.5", device=device)
 
 
-def test_summary() -> None:
-    task = task_from(small(), "--method", "fast-advprop")
+def test_summary(device: torch.device) -> None:
+    task = task_from(small(device=device), "--method", "fast-advprop")
     assert task.summary_lines() == [
         "Fast AdvProp: PGD-1, eps 1/255, alpha 1/255, uniform start, 20% of each batch, 3 auxiliary batch norms"
     ]
@@ -115,8 +115,8 @@ def test_bad_flags(argv: list[str], message: str) -> None:
         checked(*argv)
 
 
-def test_bad_attack() -> None:
+def test_bad_attack(device: torch.device) -> None:
     with pytest.raises(ValueError, match="expected one step and no targets"):
-        FastAdvPropTask(small(), nn.CrossEntropyLoss(), PixelAttack(1.0, 1.0, 2, MEAN, STD))
+        FastAdvPropTask(small(device=device), nn.CrossEntropyLoss(), PixelAttack(1.0, 1.0, 2, MEAN, STD))
     with pytest.raises(ValueError, match="share: "):
-        _task(small(), share=1.0)
+        _task(small(device=device), share=1.0)

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from peers import check_life_cycle, checked, small, task_from
+from rng import rng_state, set_rng_state
 from torch import Tensor, nn
 from toys import Repeated, batch, family
 from untouched import picture
@@ -39,11 +40,12 @@ def _by_hand(feature: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def test_moments_are_exchanged() -> None:
-    feature, order = torch.randn(3, 4, 2, 2, dtype=torch.float64) * 2 + 1, torch.tensor([1, 2, 0])
+def test_moments_are_exchanged(device: torch.device) -> None:
+    feature = (torch.randn(3, 4, 2, 2, dtype=torch.float64) * 2 + 1).to(device)
+    order = torch.tensor([1, 2, 0], device=device)
     found = exchange_moments(feature, order)
     torch.testing.assert_close(found, _by_hand(feature, order), rtol=1e-12, atol=1e-12)
-    same = exchange_moments(feature, torch.arange(3))
+    same = exchange_moments(feature, torch.arange(3, device=device))
     torch.testing.assert_close(same, feature, rtol=1e-12, atol=1e-12)
     low = exchange_moments(feature.bfloat16(), order)
     assert low.dtype == torch.bfloat16
@@ -58,10 +60,10 @@ def _objective(model: Any, images: Tensor, target: Tensor, order: Tensor, lam: f
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_loss_and_gradients(soft: bool) -> None:
-    images, target = batch(8)
+def test_loss_and_gradients(soft: bool, device: torch.device) -> None:
+    images, target = batch(8, device=device)
     target = F.one_hot(target, 10) * 0.8 + 0.02 if soft else target
-    model, plain = small(drop=0.0), small(drop=0.0)
+    model, plain = small(drop=0.0, device=device), small(drop=0.0, device=device)
     task = MoexTask(model, nn.CrossEntropyLoss(), Moex(model, "stem", lam=0.7), verbose=False)
     order = copy.copy(task.moex).draw(len(images), images.device)
     assert order is not None
@@ -77,10 +79,10 @@ def test_loss_and_gradients(soft: bool) -> None:
 
 
 @pytest.mark.parametrize("moex_block", ["stem", "stem.0", "block"])
-def test_together_with_alfa(moex_block: str) -> None:
+def test_together_with_alfa(moex_block: str, device: torch.device) -> None:
     """Three steps, as replays learn from the first what they may leave out."""
-    images, target = batch(8)
-    model = small(drop=0.0)
+    images, target = batch(8, device=device)
+    model = small(drop=0.0, device=device)
     task: Any = task_from(
         model, "--alfa-blocks", "block", "--alfa-steps", "2", "--moex-block", moex_block, "--moex-lambda", "0.7"
     )
@@ -118,59 +120,59 @@ def test_together_with_alfa(moex_block: str) -> None:
     assert task.summary_lines((3, 8, 8))[-1] == f"MoEx at {moex_block}, lambda 0.7, in 100% of the batches"
 
 
-def test_probability_zero_is_plain_training_bit_for_bit() -> None:
-    images, target = batch(8)
-    model, plain = small(), small()
+def test_probability_zero_is_plain_training_bit_for_bit(device: torch.device) -> None:
+    images, target = batch(8, device=device)
+    model, plain = small(device=device), small(device=device)
     task = MoexTask(model, nn.CrossEntropyLoss(), Moex(model, "stem", prob=0.0), verbose=False)
-    state = torch.get_rng_state()
+    state = rng_state(device)
     F.cross_entropy(plain(images), target).backward()
-    torch.set_rng_state(state)
+    set_rng_state(state, device)
     task(images, target)["loss"].backward()
     for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad)
 
 
-def test_draws() -> None:
-    moex = Moex(small(), "stem", prob=0.25)
-    drawn = [moex.draw(8, torch.device("cpu")) for _ in range(400)]
+def test_draws(device: torch.device) -> None:
+    moex = Moex(small(device=device), "stem", prob=0.25)
+    drawn = [moex.draw(8, device) for _ in range(400)]
     orders = [order for order in drawn if order is not None]
     assert 70 <= len(orders) <= 130
     assert all(sorted(order.tolist()) == list(range(8)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) > 60
 
 
-def test_evaluation_is_clean() -> None:
-    images, target = batch(8)
-    model = small().eval()
+def test_evaluation_is_clean(device: torch.device) -> None:
+    images, target = batch(8, device=device)
+    model = small(device=device).eval()
     task = MoexTask(model, nn.CrossEntropyLoss(), Moex(model, "stem"), verbose=False)
     assert torch.equal(task(images, target)["output"], copy.deepcopy(model)(images))
 
 
 @pytest.mark.parametrize("extra", [(), ("--alfa-blocks", "block")])
-def test_life_cycle(extra: tuple[str, ...]) -> None:
-    check_life_cycle("--moex-block", "stem", "--moex-prob", "0.5", *extra)
+def test_life_cycle(extra: tuple[str, ...], device: torch.device) -> None:
+    check_life_cycle("--moex-block", "stem", "--moex-prob", "0.5", *extra, device=device)
 
 
-def test_after_an_error_nothing_is_left() -> None:
-    model = small()
+def test_after_an_error_nothing_is_left(device: torch.device) -> None:
+    model = small(device=device)
     before = picture(model)
     task = MoexTask(model, nn.CrossEntropyLoss(), Moex(model, "neck"), verbose=False)
     with pytest.raises(BlockError, match="'neck' does not return a feature map"):
-        task(*batch(8))
+        task(*batch(8, device=device))
     assert picture(model) == before
 
 
-def test_checkpointed_blocks_are_refused() -> None:
-    model, images, target = family("resnet")
+def test_checkpointed_blocks_are_refused(device: torch.device) -> None:
+    model, images, target = family("resnet", device=device)
     model.set_grad_checkpointing()
     task = MoexTask(model, nn.CrossEntropyLoss(), Moex(model, "layer2.0"), verbose=False)
     with pytest.raises(BlockError, match="checkpointed part"):
         task(images, target)
 
 
-def test_compiling_is_refused() -> None:
+def test_compiling_is_refused(device: torch.device) -> None:
     with pytest.raises(UsageError, match="does not go with MoEx"):
-        task_from(small(), "--moex-block", "stem").compile()
+        task_from(small(device=device), "--moex-block", "stem").compile()
 
 
 @pytest.mark.parametrize(

@@ -141,16 +141,16 @@ def test_text() -> None:
     assert learned.text() == "Clean: 1.00 (1.00)  Adv: 2.00 (2.00)  Eta: 0.5000 0.5000"
 
 
-def test_norms_of_perturbations() -> None:
+def test_norms_of_perturbations(device: torch.device) -> None:
     """With signs, every entry of delta is alpha unless its gradient is zero: l_inf is alpha, l2 alpha * sqrt(n)."""
 
     class Smooth(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return self[1](self[0](x).mean(dim=(2, 3)))
 
-    model = Smooth(nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 10))
+    model = Smooth(nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 10)).to(device)
     task = AlfaTask(model, F.cross_entropy, ["0"], alpha=0.25, verbose=False)
-    images, target = batch(8, 5, dtype=torch.float32)
+    images, target = batch(8, 5, dtype=torch.float32, device=device)
     features = model[0](images)
     task(images, target)
     metrics = task.epoch_metrics()
@@ -160,15 +160,15 @@ def test_norms_of_perturbations() -> None:
     assert metrics["delta_ratio_0"] == pytest.approx(0.25 / features.square().mean().sqrt().item())
 
 
-def test_norms_of_several_tensors_count_together() -> None:
-    task = AlfaTask(Nested(), Nested.criterion, ["branches"], alpha=0.25, norm="l2", verbose=False)
-    task(*batch(8, 5, dtype=torch.float32))
+def test_norms_of_several_tensors_count_together(device: torch.device) -> None:
+    task = AlfaTask(Nested().to(device), Nested.criterion, ["branches"], alpha=0.25, norm="l2", verbose=False)
+    task(*batch(8, 5, dtype=torch.float32, device=device))
     assert task.epoch_metrics()["delta_l2_branches"] == pytest.approx(0.25)
 
 
-def test_norms_are_taken_in_every_tenth_step_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = AlfaTask(Small(drop=0.0).train(), F.cross_entropy, ["block"], alpha=0.25, verbose=False)
-    images, target = batch(8, dtype=torch.float32)
+def test_norms_are_taken_in_every_tenth_step_of_an_epoch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    task = AlfaTask(Small(drop=0.0).to(device).train(), F.cross_entropy, ["block"], alpha=0.25, verbose=False)
+    images, target = batch(8, dtype=torch.float32, device=device)
     measured: list[bool] = []
     add = task.monitor.add
     monkeypatch.setattr(
@@ -183,10 +183,10 @@ def test_norms_are_taken_in_every_tenth_step_of_an_epoch(monkeypatch: pytest.Mon
         assert not math.isnan(task.epoch_metrics()["delta_l2_block"])
 
 
-def test_averages_are_those_of_the_steps() -> None:
-    model = Small(drop=0.0).train()
+def test_averages_are_those_of_the_steps(device: torch.device) -> None:
+    model = Small(drop=0.0).to(device).train()
     task = AlfaTask(model, F.cross_entropy, ["stem", "block"], alpha=0.05, learnable=True, verbose=False)
-    images, target = batch(8, dtype=torch.float32)
+    images, target = batch(8, dtype=torch.float32, device=device)
     results = [task(images + index, target) for index in range(3)]
     metrics = task.epoch_metrics()
     for name in ("loss_clean", "loss_adv"):
@@ -197,10 +197,10 @@ def test_averages_are_those_of_the_steps() -> None:
     assert results[0]["eta"].tolist() == [0.5, 0.5]
 
 
-def test_evaluation_leaves_no_trace() -> None:
-    task = AlfaTask(Small().eval(), F.cross_entropy, ["block"], verbose=False)
+def test_evaluation_leaves_no_trace(device: torch.device) -> None:
+    task = AlfaTask(Small().to(device).eval(), F.cross_entropy, ["block"], verbose=False)
     with torch.no_grad():
-        task(*batch(8, dtype=torch.float32))
+        task(*batch(8, dtype=torch.float32, device=device))
     assert task.interval_text() == ""
     assert math.isnan(task.epoch_metrics()["loss_clean"])
 

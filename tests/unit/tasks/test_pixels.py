@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rng import rng_state
 from torch import Tensor, nn
 from toys import batch
 
@@ -20,16 +21,16 @@ def _attack(**settings: object) -> PixelAttack:
     return PixelAttack(**{"eps": 4.0, "alpha": 1.0, "steps": 1, "mean": MEAN, "std": STD, **settings})  # type: ignore
 
 
-def _column(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
+def _column(values: tuple[float, ...], images: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=images.device).view(-1, 1, 1)
 
 
 def _normalised(pixels: Tensor) -> Tensor:
-    return (pixels - _column(MEAN)) / _column(STD)
+    return (pixels - _column(MEAN, pixels)) / _column(STD, pixels)
 
 
 def _pixels(images: Tensor) -> Tensor:
-    return images * _column(STD) + _column(MEAN)
+    return images * _column(STD, images) + _column(MEAN, images)
 
 
 class Linear(nn.Module):
@@ -45,10 +46,10 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize(("steps", "moved"), [(1, 1.0), (3, 3.0), (7, 4.0)])
-def test_pixels_move_by_steps_within_the_ball(steps: int, moved: float) -> None:
-    weight = torch.randn(3, 4, 4, dtype=torch.float64)
-    pixels = torch.rand(2, 3, 4, 4, dtype=torch.float64) * 0.8 + 0.1
-    target = torch.ones(2, dtype=torch.long)
+def test_pixels_move_by_steps_within_the_ball(steps: int, moved: float, device: torch.device) -> None:
+    weight = torch.randn(3, 4, 4, dtype=torch.float64).to(device)
+    pixels = (torch.rand(2, 3, 4, 4, dtype=torch.float64) * 0.8 + 0.1).to(device)
+    target = torch.ones(2, dtype=torch.long, device=device)
     perturbed = _attack(steps=steps)(Linear(weight), F.cross_entropy, _normalised(pixels), target)
     torch.testing.assert_close(_pixels(perturbed), pixels + moved / 255 * weight.sign(), rtol=0, atol=1e-12)
 
@@ -64,12 +65,13 @@ def test_pixels_stay_valid() -> None:
     torch.testing.assert_close(down, 1 - expected.expand(5, 3, 1, 1), rtol=0, atol=1e-12)
 
 
-def test_random_starts_fill_the_ball_and_leave_the_global_state() -> None:
-    images = _normalised(torch.full((8, 3, 6, 6), 0.5, dtype=torch.float64))
-    model, target = Linear(torch.zeros(3, 6, 6, dtype=torch.float64)), torch.ones(8, dtype=torch.long)
-    state = torch.get_rng_state()
-    moves = _pixels(_attack(init="uniform")(model, F.cross_entropy, images, target, torch.Generator())) - 0.5
-    assert torch.equal(torch.get_rng_state(), state)
+def test_random_starts_fill_the_ball_and_leave_the_global_state(device: torch.device) -> None:
+    images = _normalised(torch.full((8, 3, 6, 6), 0.5, dtype=torch.float64, device=device))
+    model = Linear(torch.zeros(3, 6, 6, dtype=torch.float64, device=device))
+    target = torch.ones(8, dtype=torch.long, device=device)
+    state = rng_state(device)
+    moves = _pixels(_attack(init="uniform")(model, F.cross_entropy, images, target, torch.Generator(device))) - 0.5
+    assert torch.equal(rng_state(device), state)
     assert (moves.abs() <= 4 / 255 + 1e-12).all()
     assert moves.amax(dim=(0, 2, 3)).min() > 3.5 / 255
     assert moves.amin(dim=(0, 2, 3)).max() < -3.5 / 255
@@ -83,8 +85,8 @@ def test_targeted_attacks_lower_the_loss_of_the_other_class() -> None:
     torch.testing.assert_close(perturbed[1], weight.sign() / 255, rtol=0, atol=1e-12)
 
 
-def test_other_classes() -> None:
-    target = torch.arange(4).repeat(500)
+def test_other_classes(device: torch.device) -> None:
+    target = torch.arange(4, device=device).repeat(500)
     other = other_classes(target, 4)
     assert (other != target).all()
     counts = torch.bincount((other - target) % 4, minlength=4)
@@ -132,10 +134,10 @@ def test_only_gradients_of_images_are_computed() -> None:
     assert model.weight.grad is None
 
 
-def test_one_channel_and_low_precision() -> None:
-    images = torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).bfloat16()
-    perturbed = _attack(mean=(0.5,), std=(0.5,))(model, F.cross_entropy, images, torch.zeros(2, dtype=torch.long))
+def test_one_channel_and_low_precision(device: torch.device) -> None:
+    images, target = torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16, device=device), torch.tensor([0, 0], device=device)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(device).bfloat16()
+    perturbed = _attack(mean=(0.5,), std=(0.5,))(model, F.cross_entropy, images, target)
     assert perturbed.dtype == torch.bfloat16
     torch.testing.assert_close(perturbed.abs(), torch.full_like(images, 2 / 255))
 
@@ -157,11 +159,11 @@ def test_bad_settings(settings: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "times"), [(PgdTask, 1), (AdvPropTask, 2), (FastAdvPropTask, 1)])
-def test_a_stem_in_front_learns_from_perturbed_images_too(kind: Any, times: int) -> None:
+def test_a_stem_in_front_learns_from_perturbed_images_too(kind: Any, times: int, device: torch.device) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 10)).double()
-    stem = nn.Conv2d(3, 3, 1).double()
-    images, target = batch(8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 36, 10)).double().to(device)
+    stem = nn.Conv2d(3, 3, 1).double().to(device)
+    images, target = batch(8, device=device)
     init = "uniform" if kind is FastAdvPropTask else "zero"
     task = kind(model, F.cross_entropy, PixelAttack(0.0, 1.0, 1, (0.5,), (0.25,), init), verbose=False)
     result = task(stem(images), target)

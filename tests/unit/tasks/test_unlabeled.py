@@ -21,9 +21,9 @@ def _gradients(model: torch.nn.Module, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def test_the_virtual_loss_by_hand():
-    output = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]], dtype=torch.float64)
-    target = torch.tensor([1])
+def test_the_virtual_loss_by_hand(device: torch.device):
+    output = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]], dtype=torch.float64, device=device)
+    target = torch.tensor([1], device=device)
     found = VirtualLoss(F.cross_entropy)(output, target)
     likeliest = -(output[1:].softmax(1).max(1).values.log().mean())
     torch.testing.assert_close(found, F.cross_entropy(output[:1], target) + likeliest)
@@ -31,9 +31,9 @@ def test_the_virtual_loss_by_hand():
     torch.testing.assert_close(VirtualLoss(F.cross_entropy)(output[:1], target), F.cross_entropy(output[:1], target))
 
 
-def test_the_task_equals_the_wrapper_and_moves_every_image():
-    model = Small().double().train()
-    images, target = batch(6, 8)
+def test_the_task_equals_the_wrapper_and_moves_every_image(device: torch.device):
+    model = Small().double().to(device).train()
+    images, target = batch(6, 8, device=device)
     images, target = images.double(), target[:4]
     block = [name for name, _ in model.named_children()][1]
     own, other = copy.deepcopy(model), copy.deepcopy(model)
@@ -57,10 +57,10 @@ def test_the_task_equals_the_wrapper_and_moves_every_image():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_the_attack_raises_the_divergence_of_images_without_a_target_more_than_noise_does():
+def test_the_attack_raises_the_divergence_of_images_without_a_target_more_than_noise_does(device: torch.device):
     torch.manual_seed(1)
-    model = Small().double().eval()
-    images, target = batch(8, 32)
+    model = Small().double().to(device).eval()
+    images, target = batch(8, 32, device=device)
     images, target = images.double(), target[:4]
     block = [name for name, _ in model.named_children()][1]
     rises = []

@@ -52,17 +52,17 @@ def _measure_loops(arguments: Sequence[str]) -> None:
     run_bench("loop", loop.main, arguments)
 
 
-@pytest.mark.parametrize("device", ABSENT)
+@pytest.mark.parametrize("name", ABSENT)
 @pytest.mark.parametrize("command", [_train, _attack, _measure_steps, _measure_loops])
 def test_a_device_that_is_not_there_is_one_line(
-    command: Callable[[Sequence[str]], None], device: str, capsys: pytest.CaptureFixture[str]
+    command: Callable[[Sequence[str]], None], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        command([f"--device={device}"])
+        command([f"--device={name}"])
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert error.count("\n") == 1
-    assert f"--device {device}: " in error
+    assert f"--device {name}: " in error
 
 
 def test_nothing_is_written_for_it(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,17 +20,18 @@ from timm_alfa.train.loop import Training, train_one_epoch, updates_per_epoch
 STEPS, EPOCHS = 10, 2
 
 
-def _model() -> nn.Module:
+def _model(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    return create_model("test_resnet", num_classes=3, drop_rate=0.2, drop_path_rate=0.2)
+    return create_model("test_resnet", num_classes=3, drop_rate=0.2, drop_path_rate=0.2).to(device)
 
 
-def _batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(count: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [
+    drawn = [
         (torch.randn(4, 3, 32, 32, generator=generator), torch.randint(3, (4,), generator=generator))
         for _ in range(count)
     ]
+    return [(images.to(device), target.to(device)) for images, target in drawn]
 
 
 def _optimizer_and_schedule(model: nn.Module) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
@@ -47,10 +48,10 @@ def _assert_equal(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_twenty_steps_equal_a_plain_loop(accumulate: int):
-    batches = _batches(STEPS * accumulate)
+def test_twenty_steps_equal_a_plain_loop(accumulate: int, device: torch.device):
+    batches = _batches(STEPS * accumulate, device)
 
-    plain = _model()
+    plain = _model(device)
     optimizer, schedule = _optimizer_and_schedule(plain)
     average = ModelEmaV3(plain, decay=0.9)
     criterion = nn.CrossEntropyLoss()
@@ -70,7 +71,7 @@ def test_twenty_steps_equal_a_plain_loop(accumulate: int):
 
     args = parse_args(["--clip-grad", "1", "--grad-accum-steps", str(accumulate)])
     args.distributed, args.world_size, args.rank, args.prefetcher = False, 1, 0, False
-    task = ClassificationTask(_model(), nn.CrossEntropyLoss(), verbose=False)
+    task = ClassificationTask(_model(device), nn.CrossEntropyLoss(), verbose=False)
     task.setup_ema(decay=0.9)
     optimizer, schedule = _optimizer_and_schedule(task.get_trainable_module())
     run = Training(
@@ -78,7 +79,7 @@ def test_twenty_steps_equal_a_plain_loop(accumulate: int):
         task=task,
         loader=batches,
         optimizer=optimizer,
-        device=torch.device("cpu"),
+        device=device,
         precision=Precision(None, nullcontext, None),
         batch_size=4.0,
         scheduler=schedule,
@@ -88,7 +89,7 @@ def test_twenty_steps_equal_a_plain_loop(accumulate: int):
         metrics = train_one_epoch(run, epoch)
 
     assert metrics["loss"] > 0
-    assert not torch.equal(next(_model().parameters()), next(plain.parameters()))
+    assert not torch.equal(next(_model(device).parameters()), next(plain.parameters()))
     _assert_equal(task.get_trainable_module(), plain)
     _assert_equal(task.get_trainable_module(ema=True).module, average.module)
 

@@ -13,18 +13,26 @@ from timm_alfa.train.checkpoints.random_state import gather_random_states, resto
 from timm_alfa.utils.distributed import leave_group
 
 
-def draw():
+def draw(device="cpu"):
     """Draws from every generator; the odd Gaussian counts leave one stored in numpy's and python's."""
-    return [torch.randn(3).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1), random.random(), np.random.rand()]
+    on_device = torch.randn(3, device=device).tolist()
+    return [
+        on_device,
+        torch.randn(3).tolist(),
+        np.random.randn(3).tolist(),
+        random.gauss(0, 1),
+        random.random(),
+        np.random.rand(),
+    ]
 
 
-def test_draws_repeat_after_a_round_trip_through_a_file(tmp_path):
-    draw()
+def test_draws_repeat_after_a_round_trip_through_a_file(tmp_path, device: torch.device):
+    draw(device)
     torch.save({"random_states": gather_random_states()}, tmp_path / "file")
-    expected = draw()
+    expected = draw(device)
     checkpoint = torch.load(tmp_path / "file", weights_only=True)
     assert restore_random_state(checkpoint, 0) is True
-    assert draw() == expected
+    assert draw(device) == expected
 
 
 def test_nothing_is_restored_from_another_kind_of_run(monkeypatch):

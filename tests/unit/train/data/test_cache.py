@@ -86,8 +86,8 @@ def test_augmentation_has_the_distribution_of_torchvision(padding, hflip, vflip)
         assert abs(number - expected) < 6 * (expected + count / 1500 * expected) ** 0.5
 
 
-def test_every_image_of_a_batch_is_cropped_and_flipped_as_a_whole():
-    batch = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).repeat(1, 3, 8, 8)
+def test_every_image_of_a_batch_is_cropped_and_flipped_as_a_whole(device: torch.device):
+    batch = torch.arange(64, dtype=torch.uint8, device=device).view(64, 1, 1, 1).repeat(1, 3, 8, 8)
     batch[:, :, 0, 0] = 255
     result = BatchAugmentation(2, 0.5, 0.5)(batch)
     assert result.shape == batch.shape
@@ -172,8 +172,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         return torch.load(folder / "run" / "last.pth.tar", weights_only=True)["state_dict"]
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(images, tmp_path):
-    flags = [*RUN.split(), "--data-dir", str(images), "--epochs", "3", "--mixup", "0.2", "--cutmix", "1", "--reprob",
+def test_a_resumed_run_ends_like_an_uninterrupted_one(images, tmp_path, device: torch.device):
+    flags = [*RUN.split(), "--device", str(device),
+             "--data-dir", str(images), "--epochs", "3", "--mixup", "0.2", "--cutmix", "1", "--reprob",
              "0.3", "--mixup-off-epoch", "2", "--val-fraction", "0.2", "--resume", "auto"]  # fmt: skip
     main([*flags, "--output", str(tmp_path / "whole")])
     main([*flags, "--output", str(tmp_path / "parts"), "--stop-epoch", "1"])
