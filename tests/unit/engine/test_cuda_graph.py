@@ -217,29 +217,23 @@ def test_a_captured_step_asks_the_device_nothing(kind: str, name: str, monkeypat
     assert sum(gradient is not None for gradient in gradients) > len(leaves) // 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", OPTIONS)
-def test_capture(name: str) -> None:
+def test_capture(name: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("there are no CUDA graphs without --device cuda")
     torch.manual_seed(1)
-    start = Small(drop=0.0).train().cuda()
+    start = Small(drop=0.0).train().to(device)
     results = []
     for graph in (True, False):
         model = copy.deepcopy(start)
-        task = AlfaTask(
-            model,
-            nn.CrossEntropyLoss(),
-            verbose=False,
-            cuda_graph=graph,
-            device=torch.device("cuda", 0),
-            **OPTIONS[name],
-        )
+        task = AlfaTask(model, nn.CrossEntropyLoss(), verbose=False, cuda_graph=graph, device=device, **OPTIONS[name])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         generator = torch.Generator().manual_seed(3)
         losses = []
         for step in range(12):
             count = 4 if step % 3 == 2 else 6
-            images = torch.randn(count, 3, 8, 8, generator=generator).cuda()
-            target = torch.randint(10, (count,), generator=generator).cuda()
+            images = torch.randn(count, 3, 8, 8, generator=generator).to(device)
+            target = torch.randint(10, (count,), generator=generator).to(device)
             result = task(images, target)
             result["loss"].backward()
             losses.append(result["loss"].detach())
