@@ -140,7 +140,8 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(checkpoint: bytes, t
 def test_a_damaged_checkpoint_stops_the_command_before_it_writes(
     images: Path, folder: Path, checkpoint: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for data in (checkpoint[:-1000], checkpoint[:50_000] + b"\x00" * 10 + checkpoint[50_010:]):
+    flipped = bytes(byte ^ 255 for byte in checkpoint[50_000:50_010])  # whatever is there, it changes
+    for data in (checkpoint[:-1000], checkpoint[:50_000] + flipped + checkpoint[50_010:]):
         (folder / "last.pth.tar").write_bytes(data)
         before = _contents(folder)
         assert "--resume" in _fails(lambda: main(_command(images, folder.parent, "--resume auto")), capsys)

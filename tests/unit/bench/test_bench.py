@@ -31,6 +31,7 @@ from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
 from timm_alfa.bench.variants import Variant, alfa, alfa_wrapper, l_alfa, plain, training_step
 
+COMMANDS = ("step", "loop", "loader", "host", "rounding", "paper", "finetune", "gpu")
 TINY = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--rounds", "1", "--no-memory"]
 
 
@@ -347,7 +348,7 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("timm_alfa.bench", run_name="__main__")
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "usage: python -m timm_alfa.bench {step,loop,loader,paper,finetune,gpu} ...\n"
+    assert capsys.readouterr().err == f"usage: python -m timm_alfa.bench {{{','.join(COMMANDS)}}} ...\n"
 
 
 def test_help_has_a_line_per_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,4 +357,4 @@ def test_help_has_a_line_per_command(capsys: pytest.CaptureFixture[str], monkeyp
     usage, blank, *lines = capsys.readouterr().out.splitlines()
     assert usage.startswith("usage: ")
     assert blank == ""
-    assert [line.split(":")[0].split()[-1] for line in lines] == ["step", "loop", "loader", "paper", "finetune", "gpu"]
+    assert [line.split(":")[0].split()[-1] for line in lines] == list(COMMANDS)

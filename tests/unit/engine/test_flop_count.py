@@ -169,7 +169,7 @@ def test_products_with_vectors() -> None:
 )
 def test_methods_execute_what_they_need_and_no_more(variant: Variant, expected: int, device: torch.device) -> None:
     x, target = images().to(device), torch.arange(BATCH, device=device)
-    loss_of = variant.build(toy().to(device).train(), x, False)
+    loss_of = variant.build(toy().to(device).train(), x, "eager")
     for _ in range(2):
         assert count_flops(lambda: loss_of(x, target).backward()) == expected
 
