@@ -24,11 +24,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toys import Small, batch, family
 from untouched import picture
 
-from timm_alfa.bench import common, loader, loop, memory, step, timing, variants
+from timm_alfa.bench import common, loader, loop, memory, rounding, step, timing, variants
 from timm_alfa.bench.paper import command as paper
 from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
 from timm_alfa.bench.variants import Variant, alfa, alfa_wrapper, l_alfa, plain, training_step
+from timm_alfa.train.arguments.command_line import parse_args
 
 TINY = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--rounds", "1", "--no-memory"]
 
@@ -332,6 +333,11 @@ def test_loop_writes_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[s
 )
 def test_the_commands_of_the_documentation_parse(line: str) -> None:
     command, *flags = shlex.split(line)[3:]
+    if command == "rounding":
+        own, others = rounding.build_parser().parse_known_args(flags)
+        assert all(map(rounding.parse_size, own.sizes))
+        assert parse_args(others).amp
+        return
     args = {"step": step, "loop": loop, "loader": loader, "paper": paper}[command].build_parser().parse_args(flags)
     if command in ("step", "loop"):
         common.check_arguments(args)
@@ -342,7 +348,9 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("timm_alfa.bench", run_name="__main__")
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "usage: python -m timm_alfa.bench {step,loop,loader,paper,finetune} ...\n"
+    assert (
+        capsys.readouterr().err == "usage: python -m timm_alfa.bench {step,loop,loader,rounding,paper,finetune} ...\n"
+    )
 
 
 def test_help_has_a_line_per_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,4 +359,5 @@ def test_help_has_a_line_per_command(capsys: pytest.CaptureFixture[str], monkeyp
     usage, blank, *lines = capsys.readouterr().out.splitlines()
     assert usage.startswith("usage: ")
     assert blank == ""
-    assert [line.split(":")[0].split()[-1] for line in lines] == ["step", "loop", "loader", "paper", "finetune"]
+    names = ["step", "loop", "loader", "rounding", "paper", "finetune"]
+    assert [line.split(":")[0].split()[-1] for line in lines] == names
