@@ -37,7 +37,7 @@ from torch import nn
 from training_images import make_image_folder
 
 from timm_alfa import AlfaLoss, AlfaTask, AlfaWrapper
-from timm_alfa.bench import loop, step
+from timm_alfa.bench import loop, rounding, step
 from timm_alfa.bench.paper import command as paper
 from timm_alfa.export import command as export
 from timm_alfa.export import export_model
@@ -243,7 +243,8 @@ def test_the_patch_commands_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_every_flag_exists():
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", "".join(map(text_of, ALL))))
-    parsers = (build_parser(), step.build_parser(), loop.build_parser(), paper.build_parser())
+    benches = (step, loop, rounding, paper)
+    parsers = (build_parser(), *(bench.build_parser() for bench in benches))
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     assert len(mentioned) > 30
     assert mentioned - known - OTHER_PROGRAMS == {"--alfa"}  # as in "`--alfa-*` flags"

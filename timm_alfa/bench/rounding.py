@@ -26,7 +26,7 @@ from ..train.loop import prepare_batch
 from ..train.propose_alpha import train_plainly
 from . import common
 
-SIZES = ("0.5/255", "0.002", "0.5%", "2%")
+SIZES = ("0.5/255", "1.5/255", "0.5%", "2%")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     own, others = build_parser().parse_known_args(argv)
     if own.plain_steps < 0:
         raise UsageError(f"--plain-steps {own.plain_steps}: expected a whole number of at least 0")
-    sizes = {text: _parse(text) for text in own.sizes}
+    sizes = {text: parse_size(text) for text in own.sizes}
     args = parse_args(others)
     if not args.amp and args.model_dtype not in map(name_of, HALF):
         raise UsageError("--amp: expected half precision; add --amp --amp-dtype bfloat16, or --model-dtype bfloat16")
@@ -80,7 +80,12 @@ def main(argv: Sequence[str]) -> None:
     common.write(record, render(record), own.report)
 
 
-def _parse(text: str) -> float | str:
+def parse_size(text: str) -> float | str:
+    """One of ``--sizes``.
+
+    Raises:
+        UsageError: It is none.
+    """
     try:
         value = size(text)
     except argparse.ArgumentTypeError as error:

@@ -24,12 +24,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toys import Small, batch, family
 from untouched import picture
 
-from timm_alfa.bench import common, loader, loop, memory, step, timing, variants
+from timm_alfa.bench import common, loader, loop, memory, rounding, step, timing, variants
 from timm_alfa.bench.gpu import command as gpu
 from timm_alfa.bench.paper import command as paper
 from timm_alfa.bench.released import _forward_to, released
 from timm_alfa.bench.timing import compare
 from timm_alfa.bench.variants import Variant, alfa, alfa_wrapper, l_alfa, plain, training_step
+from timm_alfa.train.arguments.command_line import parse_args
 
 COMMANDS = ("step", "loop", "loader", "host", "rounding", "paper", "finetune", "gpu")
 TINY = ["--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--rounds", "1", "--no-memory"]
@@ -334,6 +335,11 @@ def test_loop_writes_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[s
 )
 def test_the_commands_of_the_documentation_parse(line: str) -> None:
     command, *flags = shlex.split(line)[3:]
+    if command == "rounding":
+        own, others = rounding.build_parser().parse_known_args(flags)
+        assert all(map(rounding.parse_size, own.sizes))
+        assert parse_args(others).amp
+        return
     args = (
         {"step": step, "loop": loop, "loader": loader, "paper": paper, "gpu": gpu}[command]
         .build_parser()

@@ -111,6 +111,17 @@ def test_one_run(tmp_path: Path) -> None:
     assert ["2", "2", "0.25", "128", "1.5", "60", "90", "0.1"] in page.cells  # every epoch, as a table too
 
 
+def test_a_run_in_half_precision(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    header, *rows = (folder / "summary.csv").read_text().splitlines()
+    added = [f"{header},train_delta_survives_layer3", *(f"{row},0.375" for row in rows)]
+    (folder / "summary.csv").write_text("\n".join(added) + "\n")
+    page = Page(write_report([folder]))
+    titles = ["l2 norm per image", "largest entry", "rms relative to the feature's"]
+    assert ["block", *titles, "share of delta that half precision leaves"] in page.cells
+    assert ["layer3", "0.5", "0.5", "0.5", "0.375"] in page.cells
+
+
 def test_nothing_is_loaded_or_run(tmp_path: Path) -> None:
     path = write_report([make_run(tmp_path / "run"), make_run(tmp_path / "other")])
     page = Page(path)
