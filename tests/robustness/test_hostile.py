@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import resource
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -140,8 +142,10 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(checkpoint: bytes, t
 def test_a_damaged_checkpoint_stops_the_command_before_it_writes(
     images: Path, folder: Path, checkpoint: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flipped = bytes(byte ^ 255 for byte in checkpoint[50_000:50_010])  # whatever is there, it changes
-    for data in (checkpoint[:-1000], checkpoint[:50_000] + flipped + checkpoint[50_010:]):
+    largest = max(zipfile.ZipFile(io.BytesIO(checkpoint)).infolist(), key=lambda record: record.file_size)
+    middle = largest.header_offset + largest.file_size // 2 + 200  # in its values, behind its header and padding
+    flipped = bytes(byte ^ 255 for byte in checkpoint[middle : middle + 10])
+    for data in (checkpoint[:-1000], checkpoint[:middle] + flipped + checkpoint[middle + 10 :]):
         (folder / "last.pth.tar").write_bytes(data)
         before = _contents(folder)
         assert "--resume" in _fails(lambda: main(_command(images, folder.parent, "--resume auto")), capsys)
